@@ -1,0 +1,186 @@
+"""What a checkpoint says of itself, and what a user may ask of quantization: frozen, validated, JSON both ways."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+from anybits.errors import AnybitsError
+
+FORMAT_VERSION = 1
+QUANT_METHOD = "anybits"
+METHODS = ("anybcq", "any-precision")
+PRESETS = ("fast", "default", "best")
+MIN_PRECISION, MAX_PRECISION = 2, 8
+GROUP_WORD = 32
+WHOLE_ROW = -1
+
+
+def parse_precisions(text: str) -> tuple[int, ...]:
+    """Read "2-4", "3" or "2,3,8" as ascending precisions."""
+    numbers: set[int] = set()
+    try:
+        for part in text.split(","):
+            first, _, last = part.strip().partition("-")
+            numbers.update(range(int(first), int(last or first) + 1))
+    except ValueError:
+        raise AnybitsError(f"precisions '{text}' cannot be read: write a range 2-4 or a list 2,3,4") from None
+    return check_precisions(tuple(sorted(numbers)))
+
+
+def check_precisions(precisions: tuple[int, ...]) -> tuple[int, ...]:
+    """Return ascending `precisions`, or raise AnybitsError when one is not in 2 ... 8 or repeats."""
+    ints = all(isinstance(p, int) and not isinstance(p, bool) for p in precisions)
+    if not precisions or not ints or list(precisions) != sorted(set(precisions)):
+        raise AnybitsError(f"precisions {list(precisions)} must be ascending whole numbers without repeats")
+    if precisions[0] < MIN_PRECISION or precisions[-1] > MAX_PRECISION:
+        raise AnybitsError(
+            f"precisions {list(precisions)} are out of range: {MIN_PRECISION} to {MAX_PRECISION} bits can be stored"
+        )
+    return precisions
+
+
+def check_group_size(group_size: int) -> None:
+    """Raise AnybitsError unless `group_size` is a positive multiple of 32, or -1 for a whole row."""
+    whole = isinstance(group_size, int) and not isinstance(group_size, bool)
+    if not whole or (group_size != WHOLE_ROW and (group_size <= 0 or group_size % GROUP_WORD)):
+        raise AnybitsError(
+            f"group size {group_size} does not fit: it must be a positive multiple of {GROUP_WORD}, "
+            f"or {WHOLE_ROW} for a whole row"
+        )
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise AnybitsError(f"{name} '{value}' is unknown: choose {' or '.join(allowed)}")
+
+
+@dataclass(frozen=True)
+class StoredConfig:
+    """`quantization_config` of a checkpoint's config.json: all that a reader needs, and how it was made.
+
+    targets: patterns of the quantized modules' names, `*` standing for anything but a dot;
+    group_size and symmetric are None for any-precision; recipe: settings and calibration, for people.
+    """
+
+    method: str
+    precisions: tuple[int, ...]
+    targets: tuple[str, ...]
+    group_size: int | None = None
+    symmetric: bool | None = None
+    format_version: int = FORMAT_VERSION
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raise AnybitsError naming the first field that cannot be right."""
+        if self.format_version != FORMAT_VERSION:
+            raise AnybitsError(
+                f"the checkpoint has format version {self.format_version}, and this anybits reads version "
+                f"{FORMAT_VERSION}: install the anybits that wrote it, or quantize the model again"
+            )
+        _one_of("method", self.method, METHODS)
+        check_precisions(self.precisions)
+        if self.method == "anybcq":
+            if self.group_size is None:
+                raise AnybitsError("method anybcq needs a group_size in the checkpoint's config.json")
+            check_group_size(self.group_size)
+        elif self.group_size is not None:
+            raise AnybitsError(f"method any-precision has one codebook a row and no group size, got {self.group_size}")
+
+    def is_target(self, name: str) -> bool:
+        """Return whether the module called `name` is quantized."""
+        parts = name.split(".")
+        return any(
+            len(parts) == pattern.count(".") + 1
+            and all(fnmatchcase(part, wanted) for part, wanted in zip(parts, pattern.split("."), strict=True))
+            for pattern in self.targets
+        )
+
+    def up_to(self, max_precision: int) -> StoredConfig:
+        """Return the config of the same checkpoint without the precisions above `max_precision`."""
+        if max_precision not in self.precisions:
+            raise AnybitsError(
+                f"precision {max_precision} is not stored: choose one of {', '.join(map(str, self.precisions))}"
+            )
+        return replace(self, precisions=tuple(p for p in self.precisions if p <= max_precision))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON object that stands in config.json."""
+        plain = asdict(self)
+        plain["precisions"], plain["targets"] = list(self.precisions), list(self.targets)
+        return {"quant_method": QUANT_METHOD} | plain
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> StoredConfig:
+        """Read what `to_dict` wrote; raise AnybitsError when a field is missing, unknown or of a wrong kind."""
+        values = dict(stored)
+        if values.pop("quant_method", None) != QUANT_METHOD:
+            raise AnybitsError(
+                f"quant_method is {stored.get('quant_method')!r} where '{QUANT_METHOD}' is needed: "
+                "this is not an anybits checkpoint"
+            )
+        if values.get("format_version", FORMAT_VERSION) == FORMAT_VERSION:
+            known = {f.name for f in fields(cls)}
+            missing = sorted({"method", "precisions", "targets", "format_version"} - set(values))
+            unknown = sorted(set(values) - known)
+            if missing or unknown:
+                raise AnybitsError(
+                    f"the checkpoint's quantization_config lacks {missing} and has unknown {unknown} fields"
+                )
+        for name in ("precisions", "targets"):
+            if not isinstance(values.get(name), list | tuple):
+                raise AnybitsError(f"{name} in the checkpoint's quantization_config must be a list")
+            values[name] = tuple(values[name])
+        return cls(**{k: v for k, v in values.items() if k in {f.name for f in fields(cls)}})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to quantize: everything that, with the model and the text, determines the stored bytes.
+
+    Token counts are `samples` sequences of `seq_len`; `rounds` is T of AnyBCQ's alternation; `steps` and
+    `learning_rate` belong to block reconstruction; preset `fast` uses no calibration text at all.
+    """
+
+    method: str = "anybcq"
+    precisions: tuple[int, ...] = (2, 3, 4)
+    group_size: int = 128
+    symmetric: bool = False
+    preset: str = "default"
+    rounds: int = 20
+    steps: int = 200
+    learning_rate: float = 1e-4
+    batch: int = 2
+    samples: int = 128
+    seq_len: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise AnybitsError naming the first setting that is out of range."""
+        _one_of("method", self.method, METHODS)
+        _one_of("preset", self.preset, PRESETS)
+        check_precisions(self.precisions)
+        check_group_size(self.group_size)
+        for name in ("rounds", "steps", "batch", "samples", "seq_len"):
+            least = 0 if name in ("steps", "rounds") else 1
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise AnybitsError(f"{name} is {value}: it must be a whole number of at least {least}")
+        if not 0 < self.learning_rate < 1:
+            raise AnybitsError(f"learning_rate is {self.learning_rate}: it must lie between 0 and 1")
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether calibration text is needed."""
+        return self.preset != "fast"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as a JSON object."""
+        return asdict(self) | {"precisions": list(self.precisions)}
+
+    def to_json(self) -> str:
+        """Return the settings as one line of JSON with sorted keys."""
+        return json.dumps(self.to_dict(), sort_keys=True)

@@ -1,0 +1,161 @@
+"""PlaneLinear and PlaneStack: a linear layer, and a stack of expert matrices, made of bit-planes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from anybits import precision as precisions
+from anybits.errors import AnybitsError
+from anybits.kernels import backend as kernels
+from anybits.kernels import reference as _reference  # noqa: F401  (registers the backend)
+from anybits.weight import PlaneWeight, check_precision, from_tensors
+
+
+class PlaneModule(nn.Module):
+    """Holds a PlaneWeight as parameters whose names and shapes are those of the checkpoint.
+
+    `weight` is an empty sentinel: a loader that does not know anybits expects a full matrix there and
+    fails instead of running on random numbers; code that asks for `weight.dtype` gets the compute dtype.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        group_size: int | None,
+        default: precisions.ModelPrecision,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.group_size = in_features, out_features, group_size
+        self.default = default
+        self.weight = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+        self.level_names: tuple[str, ...] = ()
+        self.stored_precisions: tuple[int, ...] = ()
+        self._plane_weight: PlaneWeight | None = None
+
+    def set_plane_weight(self, weight: PlaneWeight) -> None:
+        """Take `weight` over; its tensors become this module's parameters without a copy."""
+        if (weight.out_features, weight.in_features) != (self.out_features, self.in_features):
+            raise AnybitsError(
+                f"the weight is {weight.out_features} x {weight.in_features} where the layer is "
+                f"{self.out_features} x {self.in_features}"
+            )
+        for name in self.level_names:
+            delattr(self, name)
+        tensors = weight.tensors()
+        for name, tensor in tensors.items():
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        self.level_names = tuple(tensors)
+        self.stored_precisions = weight.precisions
+        self._forget()
+
+    @property
+    def plane_weight(self) -> PlaneWeight:
+        """The weight that the present parameters hold."""
+        if self._plane_weight is None:
+            if not self.level_names:
+                raise AnybitsError("this layer has no weight yet: load a checkpoint or call set_plane_weight")
+            tensors = {name: getattr(self, name).data for name in self.level_names}
+            self._plane_weight = from_tensors(tensors, self.in_features, self.group_size)
+        return self._plane_weight
+
+    def _forget(self) -> None:
+        """Drop all that was derived from the parameters."""
+        self._plane_weight = None
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """Move with the model, but keep planes and levels in their stored dtypes under `.to(dtype)`."""
+        stored: dict[str, nn.Parameter | None] = {}
+        for name in self.level_names:
+            parameter = self._parameters[name]
+            assert parameter is not None
+            moved = fn(parameter.data)
+            if moved.dtype != parameter.dtype:
+                moved = parameter.data.to(moved.device)
+            stored[name] = nn.Parameter(moved, requires_grad=False)
+            self._parameters[name] = None
+        super()._apply(fn, recurse)
+        self._parameters.update(stored)
+        self._forget()
+        return self
+
+    def extra_repr(self) -> str:
+        """Return the shape and precisions for print(model)."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, precisions={self.stored_precisions}"
+
+
+class PlaneLinear(PlaneModule):
+    """nn.Linear over a PlaneWeight: y = x @ W_p.T + bias at the active precision p."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        group_size: int | None,
+        default: precisions.ModelPrecision,
+        bias: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, group_size, default, dtype)
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False) if bias else None
+        self._backend: kernels.Backend | None = None
+        self._prepared: Any = None
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._backend = self._prepared = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return `[..., N]` in x's dtype for x `[..., K]`."""
+        if self._backend is None:
+            self._backend = kernels.choose(self.plane_weight, x.device)
+            self._prepared = self._backend.prepare(self.plane_weight)
+        active = precisions.per_row(precisions.active(self.default), x.shape[:-1])
+        if isinstance(active, int):
+            check_precision(active, self.stored_precisions)
+        y = self._backend.matmul(x.reshape(-1, self.in_features), self._prepared, active)
+        if self.bias is not None:
+            y = y + self.bias
+        return y.view(*x.shape[:-1], self.out_features)
+
+
+class PlaneStack(PlaneModule):
+    """The matrices of fused experts, `[E, N, K]`: `stack[e]` is expert e at the active precision.
+
+    It stands where the 3-D parameter stood, so the experts module's own forward runs unchanged.
+    The rows of all experts lie one after another in one PlaneWeight.
+    """
+
+    def __init__(
+        self,
+        shape: torch.Size,
+        group_size: int | None,
+        default: precisions.ModelPrecision,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        experts, rows, columns = shape
+        super().__init__(columns, experts * rows, group_size, default, dtype)
+        self.experts, self.rows = experts, rows
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype of the dequantized matrices."""
+        return self.weight.dtype
+
+    def __len__(self) -> int:
+        return self.experts
+
+    def __getitem__(self, expert: int | torch.Tensor) -> torch.Tensor:
+        """Return expert `expert` as `[N, K]` in the compute dtype."""
+        active = precisions.active(self.default)
+        if not isinstance(active, int):
+            raise AnybitsError(
+                "fused experts need one precision for the whole batch: rows of one batch reach an expert mixed"
+            )
+        start = int(expert) * self.rows
+        return self.plane_weight.rows(start, start + self.rows).dequantize(active).to(self.dtype)
