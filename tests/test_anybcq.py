@@ -267,3 +267,18 @@ def test_group_size_must_fit() -> None:
 def test_padding_bits_are_zero() -> None:
     quantized = quantize_matrix(randn(2, 40), (2,), 32, False)
     assert (bits.unpack(quantized.planes, 40).shape[-1], int((quantized.planes[..., 1] >> 8).abs().max())) == (40, 0)
+
+
+def test_modes_and_threads_of_the_caller_stay() -> None:
+    weight = randn(4, 64)
+    plain = quantize_matrix(weight, (2, 3), 32, False)
+    threads = torch.get_num_threads()
+    with torch.inference_mode():
+        inside = quantize_matrix(weight, (2, 3), 32, False)
+    weight = torch.nn.Parameter(weight)
+    trainable = quantize_matrix(weight, (2, 3), 32, False)
+    assert torch.get_num_threads() == threads
+    for name, tensor in plain.tensors().items():
+        assert torch.equal(tensor, inside.tensors()[name])
+        assert torch.equal(tensor, trainable.tensors()[name])
+        assert not trainable.tensors()[name].requires_grad

@@ -153,3 +153,18 @@ def test_scale_of_sensitivity_does_not_matter(scale: float) -> None:
 def test_bad_input_gets_one_sentence(weight: torch.Tensor, sensitivity: torch.Tensor | None, said: str) -> None:
     with pytest.raises(AnybitsError, match=said):
         quantize_matrix(weight, sensitivity, (2, 3))
+
+
+def test_modes_and_threads_of_the_caller_stay() -> None:
+    weight = randn(4, 64)
+    plain = quantize_matrix(weight, None, (2, 3))
+    threads = torch.get_num_threads()
+    with torch.inference_mode():
+        inside = quantize_matrix(weight, None, (2, 3))
+    weight = torch.nn.Parameter(weight)
+    trainable = quantize_matrix(weight, None, (2, 3))
+    assert torch.get_num_threads() == threads
+    for name, tensor in plain.tensors().items():
+        assert torch.equal(tensor, inside.tensors()[name])
+        assert torch.equal(tensor, trainable.tensors()[name])
+        assert not trainable.tensors()[name].requires_grad

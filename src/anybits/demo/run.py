@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
 from anybits.checkpoint import write_json
 from anybits.config import METHODS, Recipe
@@ -88,8 +89,6 @@ def _show_samples(console: Console, samples: dict[str, dict[int, Sample]], origi
 
 
 def _show(console: Console, title: str, text: str) -> None:
-    from rich.text import Text
-
     console.print(Panel(Text(text.rstrip()), title=title, title_align="left", border_style="dim"))
 
 
@@ -107,6 +106,6 @@ def _table(evaluations: dict[str, report.Evaluation], samples: dict[str, dict[in
             row = (f"{result.weight_bytes:,}", f"{result.perplexity:.3f}", more, f"{speed:.1f}")
             table.add_row(TITLES[method], str(result.precision), *row)
         table.add_section()
-    speed = f"{original.tokens_per_second:.1f}"
-    table.add_row("original", "16", f"{reference.weight_bytes:,}", f"{reference.perplexity:.3f}", "", speed)
+    row = (f"{reference.weight_bytes:,}", f"{reference.perplexity:.3f}", "", f"{original.tokens_per_second:.1f}")
+    table.add_row("original", "16", *row)
     return table
