@@ -96,8 +96,7 @@ def test_equals_the_naive_algorithm(base: int, weighted: bool, symmetric: bool) 
             assert float(fit.error[n]) == pytest.approx(wanted, rel=1e-5)
         fit = expand(values, fit, 50, symmetric, weights if weighted else None)
         naive = [
-            naive_expand(s, v, m, 50, symmetric)
-            for (s, _), v, m in zip(naive, values.numpy(), h.numpy(), strict=True)
+            naive_expand(s, v, m, 50, symmetric) for (s, _), v, m in zip(naive, values.numpy(), h.numpy(), strict=True)
         ]
 
 
@@ -143,9 +142,7 @@ def test_base_codes_are_the_nearest_stored_level(
     st.booleans(),
     st.integers(0, 999),
 )
-def test_any_shape(
-    rows: int, columns: int, size: int, precisions: tuple[int, ...], symmetric: bool, seed: int
-) -> None:
+def test_any_shape(rows: int, columns: int, size: int, precisions: tuple[int, ...], symmetric: bool, seed: int) -> None:
     weight = randn(rows, columns, seed=seed)
     if seed % 3 == 0:
         weight = weight.round() + 3

@@ -46,9 +46,12 @@ def test_seed_and_splits_equal_brute_force() -> None:
         v, m = weight[n].double()[order].tolist(), h[n].double()[order].tolist()
         best = min(
             sum(
-                sum(b * (a - sum(x * y for x, y in zip(v[s:e], m[s:e], strict=True)) / sum(m[s:e])) ** 2
-                    for a, b in zip(v[s:e], m[s:e], strict=True))
-                for s, e in itertools.pairwise((0, *cut, 11)) if e > s
+                sum(
+                    b * (a - sum(x * y for x, y in zip(v[s:e], m[s:e], strict=True)) / sum(m[s:e])) ** 2
+                    for a, b in zip(v[s:e], m[s:e], strict=True)
+                )
+                for s, e in itertools.pairwise((0, *cut, 11))
+                if e > s
             )
             for cut in itertools.combinations_with_replacement(range(12), 3)
         )
