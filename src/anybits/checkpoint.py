@@ -74,7 +74,10 @@ class CheckpointWriter:
         plain = {key: t.detach().cpu().contiguous() for key, t in sorted(tensors.items())}
         final = self.folder / _shard_file(name)
         partial = final.with_suffix(".partial")
-        save_file(plain, partial, metadata=metadata(plain))
+        try:
+            save_file(plain, partial, metadata=metadata(plain))
+        except SafetensorError as error:
+            raise AnybitsError(f"{final} cannot be written: {error}; repeat the command to resume") from None
         with partial.open("r+b") as file:
             _order_metadata(file)
             os.fsync(file.fileno())
