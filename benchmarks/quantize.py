@@ -1,6 +1,6 @@
 """Time the quantization of a random-weight Llama: weights a second and peak resident memory, as one JSON line.
 
-    python benchmarks/quantize.py --parameters 100 --preset fast --precisions 2-4
+python benchmarks/quantize.py --parameters 100 --preset fast --precisions 2-4
 """
 
 from __future__ import annotations
@@ -47,9 +47,7 @@ def main() -> None:
     parser.add_argument("--preset", choices=PRESETS, default="fast")
     parser.add_argument("--precisions", default="2-4")
     arguments = parser.parse_args()
-    recipe = Recipe(
-        method=arguments.method, preset=arguments.preset, precisions=parse_precisions(arguments.precisions)
-    )
+    recipe = Recipe(method=arguments.method, preset=arguments.preset, precisions=parse_precisions(arguments.precisions))
     model = random_llama(arguments.parameters)
     total = sum(p.numel() for p in model.parameters())
     with tempfile.TemporaryDirectory() as folder:

@@ -61,9 +61,8 @@ def tiny_model(name: str, dtype: torch.dtype = torch.float32) -> transformers.Pr
 
 def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
     """Return a tokenizer of single characters with 64 entries."""
-    characters = ["<pad>", "<s>", "</s>", "<unk>"] + list(
-        "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456 ."
-    )
+    characters = ["<pad>", "<s>", "</s>", "<unk>"]
+    characters += "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456 ."
     vocabulary = {character: index for index, character in enumerate(characters[:64])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")

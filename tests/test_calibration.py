@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
 
 from anybits import AnybitsError
 from anybits.quantize.calibration import fisher, read_texts, sample_windows
 from anybits.quantize.targets import find_blocks, find_targets, target_patterns
+from conftest import tiny_model
 
 
 def test_texts_come_from_files(tmp_path: Path) -> None:

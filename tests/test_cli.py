@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import save_tiny
 
 from anybits import cli
+from conftest import save_tiny
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:

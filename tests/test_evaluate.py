@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
 
 from anybits import AnybitsError
 from anybits.evaluate import perplexity, report
+from conftest import tiny_model
 
 IDS = torch.randint(3, 64, (330,), generator=torch.Generator().manual_seed(1)).tolist()
 

@@ -24,7 +24,7 @@ from anybits.precision import precision as scoped
 from anybits.terminal import counted, shown_progress
 
 PRECISIONS = (2, 3, 4, 5, 6)
-PROMPT = 'def read_lines(path):\n    """Return the lines of a file."""\n'
+PROMPT = "import os\nimport sys\n\ndef main("
 NEW_TOKENS = 48
 EVALUATED_TOKENS = 24_576
 TITLES = {"anybcq": "AnyBCQ", "any-precision": "Any-Precision"}
@@ -95,8 +95,8 @@ def _show(console: Console, title: str, text: str) -> None:
 def _table(evaluations: dict[str, report.Evaluation], samples: dict[str, dict[int, Sample]], original: Sample) -> Table:
     any_evaluation = next(iter(evaluations.values()))
     table = Table(title=f"Held-out text, {any_evaluation.text_tokens} tokens; bytes of quantized weights read")
-    for column in ("method", "precision", "bytes", "perplexity", "above 16 bits", "tokens/s"):
-        table.add_column(column, justify="left" if column == "method" else "right")
+    for column in ("method", "precision", "bytes", "perplexity", "vs 16 bits", "tokens/s"):
+        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
     reference = any_evaluation.reference
     assert reference is not None
     for method, evaluation in evaluations.items():
