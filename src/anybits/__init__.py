@@ -1,7 +1,14 @@
-"""anybits: one LLM checkpoint of bit-planes, run at any precision from 2 to 8 bits."""
+"""anybits: one LLM checkpoint of bit-planes, run at any precision from 2 to 8 bits.
 
-from anybits.errors import AnybitsError
-from anybits.precision import precision
+Importing it teaches transformers to load anybits checkpoints.
+"""
 
 __version__ = "0.1.0"
-__all__ = ["AnybitsError", "precision"]
+
+from anybits.config import Recipe
+from anybits.errors import AnybitsError
+from anybits.integrations.quantizing import quantize_model as quantize
+from anybits.integrations.transformers import load_model as load
+from anybits.precision import precision
+
+__all__ = ["AnybitsError", "Recipe", "__version__", "load", "precision", "quantize"]

@@ -8,10 +8,10 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from anybits import precision as precisions
 from anybits.errors import AnybitsError
 from anybits.kernels import backend as kernels
 from anybits.kernels import reference as _reference  # noqa: F401  (registers the backend)
+from anybits.precision import ModelPrecision, active, per_row
 from anybits.weight import PlaneWeight, check_precision, from_tensors
 
 
@@ -27,7 +27,7 @@ class PlaneModule(nn.Module):
         in_features: int,
         out_features: int,
         group_size: int | None,
-        default: precisions.ModelPrecision,
+        default: ModelPrecision,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class PlaneLinear(PlaneModule):
         in_features: int,
         out_features: int,
         group_size: int | None,
-        default: precisions.ModelPrecision,
+        default: ModelPrecision,
         bias: bool = False,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -115,10 +115,10 @@ class PlaneLinear(PlaneModule):
         if self._backend is None:
             self._backend = kernels.choose(self.plane_weight, x.device)
             self._prepared = self._backend.prepare(self.plane_weight)
-        active = precisions.per_row(precisions.active(self.default), x.shape[:-1])
-        if isinstance(active, int):
-            check_precision(active, self.stored_precisions)
-        y = self._backend.matmul(x.reshape(-1, self.in_features), self._prepared, active)
+        wanted = per_row(active(self.default), x.shape[:-1])
+        if isinstance(wanted, int):
+            check_precision(wanted, self.stored_precisions)
+        y = self._backend.matmul(x.reshape(-1, self.in_features), self._prepared, wanted)
         if self.bias is not None:
             y = y + self.bias
         return y.view(*x.shape[:-1], self.out_features)
@@ -135,7 +135,7 @@ class PlaneStack(PlaneModule):
         self,
         shape: torch.Size,
         group_size: int | None,
-        default: precisions.ModelPrecision,
+        default: ModelPrecision,
         dtype: torch.dtype | None = None,
     ) -> None:
         experts, rows, columns = shape
@@ -152,10 +152,10 @@ class PlaneStack(PlaneModule):
 
     def __getitem__(self, expert: int | torch.Tensor) -> torch.Tensor:
         """Return expert `expert` as `[N, K]` in the compute dtype."""
-        active = precisions.active(self.default)
-        if not isinstance(active, int):
+        wanted = active(self.default)
+        if not isinstance(wanted, int):
             raise AnybitsError(
                 "fused experts need one precision for the whole batch: rows of one batch reach an expert mixed"
             )
         start = int(expert) * self.rows
-        return self.plane_weight.rows(start, start + self.rows).dequantize(active).to(self.dtype)
+        return self.plane_weight.rows(start, start + self.rows).dequantize(wanted).to(self.dtype)

@@ -15,8 +15,6 @@ MAX_PLANES = 8
 LEVEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-
-
 def group_columns(group_size: int, in_features: int) -> int:
     """Return the columns of one group; the last group of a row may hold fewer."""
     check_group_size(group_size)
@@ -234,9 +232,7 @@ class PlaneWeight:
 def check_precision(precision: int, stored: tuple[int, ...]) -> None:
     """Raise AnybitsError unless `precision` is one of `stored`."""
     if precision not in stored:
-        raise AnybitsError(
-            f"precision {precision} is not stored: choose one of {', '.join(map(str, stored))}"
-        )
+        raise AnybitsError(f"precision {precision} is not stored: choose one of {', '.join(map(str, stored))}")
 
 
 def from_tensors(tensors: Mapping[str, torch.Tensor], in_features: int, group_size: int | None) -> PlaneWeight:
@@ -247,7 +243,7 @@ def from_tensors(tensors: Mapping[str, torch.Tensor], in_features: int, group_si
         if kind in by_kind and precision.isdigit():
             by_kind[kind][int(precision)] = tensor
         elif name != "planes":
-            raise AnybitsError(f"{name} is not the name of a stored tensor: planes, scales_p, offsets_p, centroids_p are")
+            raise AnybitsError(f"{name} names no stored tensor: planes, scales_p, offsets_p and centroids_p do")
     if "planes" not in tensors:
         raise AnybitsError("the stored weight has no planes")
     levels: Levels

@@ -1,0 +1,188 @@
+"""The command line: reads arguments, calls the library, prints. Errors are one sentence and exit code 1."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+
+from anybits.errors import AnybitsError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="Quantize a language model **once** into bit-planes, then run it at **any precision from 2 to 8 bits**.",
+)
+console = Console()
+
+Model = Annotated[str, typer.Argument(help="Folder of a quantized model.", show_default=False)]
+
+
+@app.command(rich_help_panel="Main")
+def quantize(
+    model: Annotated[str, typer.Argument(help="Float model: a folder, or a name on the hub.", show_default=False)],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write the quantized model to.")],
+    method: Annotated[str, typer.Option(help="anybcq (scales per group) or any-precision (codebooks).")] = "anybcq",
+    precisions: Annotated[str, typer.Option(help="Precisions to store: a range 2-4 or a list 2,3,4.")] = "2-4",
+    group_size: Annotated[int, typer.Option(help="Columns that share scales: multiple of 32, or -1 (row).")] = 128,
+    symmetric: Annotated[bool, typer.Option("--symmetric", help="Store no offsets (anybcq).")] = False,
+    preset: Annotated[
+        str, typer.Option(help="fast: no text. default: calibrated. best: also block reconstruction (slow).")
+    ] = "default",
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="Text file, or Hugging Face dataset NAME[:CONFIG[:SPLIT]]. Default: allenai/c4:en."),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
+    seq_len: Annotated[int, typer.Option(help="Tokens of a calibration sequence.")] = 512,
+    steps: Annotated[int, typer.Option(help="Reconstruction steps a block and precision (preset best).")] = 200,
+    seed: Annotated[int, typer.Option(help="Seed of all that is random: the same seed gives the same bytes.")] = 0,
+    device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
+) -> None:
+    """Quantize MODEL once, for all precisions.
+
+    The folder holds an ordinary Hugging Face model whose planes serve every precision. A run that was
+    interrupted goes on where it stopped when the same command is typed again.
+
+    Example: `anybits quantize meta-llama/Llama-3.1-8B -o llama-any --precisions 2-4`
+    """
+    from anybits.config import Recipe, parse_precisions
+    from anybits.integrations.quantizing import quantize_model
+    from anybits.terminal import shown_progress
+
+    recipe = Recipe(
+        method=method,
+        precisions=parse_precisions(precisions),
+        group_size=group_size,
+        symmetric=symmetric,
+        preset=preset,
+        samples=samples,
+        seq_len=seq_len,
+        steps=steps,
+        seed=seed,
+    )
+    with shown_progress(console) as progress:
+        quantize_model(model, out, recipe, calibration, device, progress)
+    console.print(f"wrote {out}: precisions {', '.join(map(str, recipe.precisions))}")
+    console.print(f"next: anybits generate {out} --precision {recipe.precisions[0]} --prompt 'def fib(n):'")
+
+
+@app.command(rich_help_panel="Main")
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="Text to continue.", show_default=False)],
+    precision: Annotated[int | None, typer.Option(help="Bits to run at. Default: the highest stored.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy; higher is more random.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+) -> None:
+    """Continue a prompt at one precision; only the planes of that precision are read from disk.
+
+    Example: `anybits generate llama-any --precision 3 --prompt "def fib(n):"`
+    """
+    from anybits.integrations import transformers as hf
+
+    loaded = hf.load_model(model, max_precision=precision)
+    hf.generate_text(loaded, hf.load_tokenizer(model), prompt, max_new_tokens, temperature, seed, stream=True)
+
+
+@app.command("eval", rich_help_panel="Main")
+def evaluate(
+    model: Model,
+    text: Annotated[Path, typer.Option(help="Text file to predict; keep it apart from calibration text.")],
+    precisions: Annotated[str | None, typer.Option(help="Precisions, as 2,3,4 or 2-4. Default: all stored.")] = None,
+    seq_len: Annotated[int, typer.Option(help="Tokens of a window; windows do not overlap.")] = 512,
+    max_tokens: Annotated[int | None, typer.Option(help="Use only this many tokens of the text.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="The original float model: adds its perplexity, KL divergence and agreement.")
+    ] = None,
+    json_: Annotated[Path | None, typer.Option("--json", help="Write the result as JSON.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a plot of perplexity against bytes (PNG).")] = None,
+) -> None:
+    """Measure perplexity at each precision, and closeness to the float model.
+
+    Example: `anybits eval llama-any --precisions 2,3,4 --text corpus.txt --json r.json --plot r.png`
+    """
+    from anybits import checkpoint, terminal
+    from anybits.config import parse_precisions
+    from anybits.evaluate import evaluation, report
+    from anybits.integrations import transformers as hf
+
+    chosen = hf.stored_config(model).precisions if precisions is None else parse_precisions(precisions)
+    with terminal.counted(console, "evaluating") as step:
+        result = evaluation.evaluate(model, chosen, evaluation.read_text(text), seq_len, max_tokens, reference, step)
+    console.print(terminal.result_table(result))
+    if json_ is not None:
+        checkpoint.write_json(json_, result.to_dict())
+    if plot is not None:
+        report.plot([(Path(model).name, result)], plot)
+
+
+@app.command(rich_help_panel="Main")
+def inspect(
+    model: Model,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Show what a quantized model stores, and the bytes that each precision reads."""
+    from anybits import terminal
+    from anybits.evaluate.inspection import inspect_checkpoint
+
+    facts = inspect_checkpoint(model)
+    if json_:
+        typer.echo(json.dumps(facts, indent=2))
+    else:
+        for table in terminal.inspection_tables(facts):
+            console.print(table)
+
+
+@app.command(rich_help_panel="Main")
+def demo(
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the two quantized models and the plot.")] = Path(
+        "demo-out"
+    ),
+) -> None:
+    """Quantize the bundled model with both methods and watch it answer at every precision (under 3 minutes)."""
+    from anybits.demo.run import run_demo
+
+    run_demo(out, console)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False,
+) -> None:
+    """Hold the options that stand before a command."""
+    if version:
+        from anybits import __version__
+
+        typer.echo(f"anybits {__version__}")
+        raise typer.Exit
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit with 0, or with 1 after one sentence on standard error."""
+    try:
+        code: Any = app(args=arguments, standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        code = stop.exit_code
+    except (click.ClickException, AnybitsError) as error:
+        message = error.format_message() if isinstance(error, click.ClickException) else str(error)
+        _fail(message)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("interrupted; finished blocks of a quantization stay, and the same command resumes it")
+    except MemoryError:
+        _fail("out of memory; finished blocks of a quantization stay, and the same command resumes it")
+    except OSError as error:
+        _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+    sys.exit(1 if code else 0)
+
+
+def _fail(message: str) -> None:
+    typer.echo(f"error: {message}", err=True)
+    sys.exit(1)

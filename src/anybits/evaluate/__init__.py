@@ -1,0 +1,1 @@
+"""How good each precision is, measured on text: perplexity, divergence from the float model, reports."""

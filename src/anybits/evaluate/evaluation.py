@@ -1,0 +1,91 @@
+"""Evaluate one checkpoint at several precisions on a text: what `anybits eval` does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from anybits.errors import AnybitsError
+from anybits.evaluate import perplexity
+from anybits.evaluate.report import Evaluation, Reference, Result
+from anybits.integrations import transformers as hf
+from anybits.precision import precision as scoped
+from anybits.weight import check_precision
+
+
+def read_text(path: str | Path) -> str:
+    """Return the text of a file, or raise AnybitsError when it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise AnybitsError(f"text file {path} does not exist") from None
+    except UnicodeDecodeError:
+        raise AnybitsError(f"text file {path} is not UTF-8") from None
+
+
+def evaluate(
+    folder: str,
+    precisions: tuple[int, ...],
+    text: str,
+    seq_len: int = 512,
+    max_tokens: int | None = None,
+    reference: str | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Evaluation:
+    """Score the checkpoint `folder` at each of `precisions` on `text`, loading it once.
+
+    reference: folder or name of the float model to compare with. Raises AnybitsError for precisions that
+    are not stored and for texts without tokens.
+    """
+    stored = hf.stored_config(folder)
+    for p in precisions:
+        check_precision(p, stored.precisions)
+    model = hf.load_model(folder, max_precision=max(precisions))
+    ids = hf.encoder(hf.load_tokenizer(folder))(text)
+    windows = perplexity.split_windows(ids, seq_len, max_tokens)
+    original = hf.load_float_model(reference) if reference is not None else None
+    scores, own = perplexity.score(
+        windows, [_at(model, p) for p in precisions], None if original is None else _plain(original), progress
+    )
+    facts = hf.weight_facts(model)
+    results = tuple(
+        Result(
+            precision=p,
+            perplexity=s.perplexity,
+            weight_bytes=facts[p][0],
+            bits_per_weight=8 * facts[p][0] / facts[p][1],
+            kl_divergence=None if own is None else s.kl_divergence,
+            top1_agreement=None if own is None else s.top1_agreement,
+        )
+        for p, s in zip(precisions, scores, strict=True)
+    )
+    compared = None
+    if original is not None and own is not None:
+        compared = Reference(own.perplexity, _float_bytes(original, model))
+    return Evaluation(folder, scores[0].tokens, seq_len, results, compared)
+
+
+def _plain(model: nn.Module) -> perplexity.Logits:
+    def logits(tokens: torch.Tensor) -> torch.Tensor:
+        return model(input_ids=tokens.to(model.device), use_cache=False).logits
+
+    return logits
+
+
+def _at(model: nn.Module, p: int) -> perplexity.Logits:
+    plain = _plain(model)
+
+    def logits(tokens: torch.Tensor) -> torch.Tensor:
+        with scoped(p):
+            return plain(tokens)
+
+    return logits
+
+
+def _float_bytes(original: nn.Module, quantized: nn.Module) -> int:
+    """Return the bytes that the float model holds for the weights that are quantized in the other."""
+    itemsize = next(original.parameters()).element_size()
+    return sum(m.in_features * m.out_features for m in hf.plane_modules(quantized).values()) * itemsize

@@ -1,0 +1,72 @@
+"""From a model folder or hub name to a checkpoint folder: what `anybits quantize` does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from anybits import checkpoint
+from anybits.config import Recipe, StoredConfig
+from anybits.errors import AnybitsError
+from anybits.integrations import transformers as hf
+from anybits.integrations.model_card import model_card
+from anybits.quantize import pipeline
+from anybits.quantize.calibration import DEFAULT_DATASET, Calibration, read_texts, sample_windows
+
+
+def quantize_model(
+    source: str,
+    out: str | Path,
+    recipe: Recipe,
+    calibration: str | Sequence[str] | None = None,
+    device: str = "auto",
+    progress: pipeline.Progress | None = None,
+) -> StoredConfig:
+    """Quantize the causal language model `source` (folder or hub name) into folder `out`.
+
+    calibration: a text file, a Hugging Face dataset name (NAME[:CONFIG[:SPLIT]]), a list of texts, or None
+    for the default dataset; preset fast reads none. Returns what was stored. Repeating an interrupted call
+    resumes it. Raises AnybitsError for bad input.
+    """
+    from anybits import __version__
+
+    if device not in ("auto", "cpu"):
+        raise AnybitsError(f"device '{device}' is unknown: quantization runs on auto or cpu")
+    folder = Path(out)
+    texts = _texts(recipe, calibration)
+    model = hf.load_float_model(source)
+    hf.run_experts_eagerly(model)
+    tokenizer = hf.load_tokenizer(source) if texts is not None else None
+    windows: Calibration | None = None
+    if texts is not None and tokenizer is not None:
+        name = calibration if isinstance(calibration, str) else "given texts"
+        if calibration is None:
+            name = DEFAULT_DATASET
+        windows = sample_windows(texts, hf.encoder(tokenizer), recipe.samples, recipe.seq_len, recipe.seed, name)
+    stored = pipeline.quantize(model, hf.plain_config(model), recipe, windows, folder, __version__, progress)
+    _finish(source, folder, model, stored)
+    return stored
+
+
+def _texts(recipe: Recipe, calibration: str | Sequence[str] | None) -> list[str] | None:
+    """Return the calibration texts, read before anything slow starts; None when the recipe needs none."""
+    if not recipe.needs_text:
+        if calibration is not None:
+            raise AnybitsError("preset fast uses no calibration text: leave it out, or choose preset default")
+        return None
+    if calibration is None:
+        calibration = DEFAULT_DATASET
+    return read_texts(calibration) if isinstance(calibration, str) else list(calibration)
+
+
+def _finish(source: str, folder: Path, model: object, stored: StoredConfig) -> None:
+    """Add tokenizer, generation settings and model card, and read every stored byte back once."""
+    hf.save_companions(source, folder, model)
+    reader = checkpoint.CheckpointReader(checkpoint.checkpoint_files(folder), stored)
+    facts: dict[int, tuple[int, int]] = {}
+    for name in reader.modules():
+        weight = reader.read(name, hf.in_features(model, name), stored.precisions)
+        for p in stored.precisions:
+            size, count = facts.get(p, (0, 0))
+            facts[p] = (size + weight.weight_bytes(p), count + weight.in_features * weight.out_features)
+    (folder / "README.md").write_text(model_card(folder.name, source, stored, facts), encoding="utf-8")

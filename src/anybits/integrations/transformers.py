@@ -1,0 +1,323 @@
+"""anybits in transformers: `from_pretrained` of a checkpoint, and precision on the model it returns.
+
+The only file that imports transformers. Transformers loads everything that is not quantized; the planes
+and their levels are read by `CheckpointReader`, which checks them and stops at `max_precision`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from anybits import checkpoint
+from anybits.config import QUANT_METHOD, StoredConfig
+from anybits.errors import AnybitsError
+from anybits.linear import PlaneLinear, PlaneModule, PlaneStack
+from anybits.precision import ModelPrecision, Precision
+from anybits.precision import precision as scoped
+from anybits.weight import PlaneWeight, check_precision
+
+
+@register_quantization_config(QUANT_METHOD)
+class AnybitsConfig(QuantizationConfigMixin):
+    """`quantization_config` of a checkpoint as transformers carries it, with the loading option max_precision."""
+
+    def __init__(self, stored: StoredConfig, max_precision: int | None = None) -> None:
+        self.quant_method = QUANT_METHOD
+        self.stored = stored if max_precision is None else stored.up_to(max_precision)
+        self.on_disk = stored
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Build from config.json's object, which may also hold `max_precision`."""
+        values = dict(config_dict)
+        max_precision = values.pop("max_precision", None)
+        config = cls(StoredConfig.from_dict(values), max_precision)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the object that config.json holds for the precisions in memory."""
+        return self.stored.to_dict()
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Return the whole object: nothing in it is a default."""
+        return self.to_dict()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} {json.dumps(self.to_dict(), indent=2)}"
+
+
+@register_quantizer(QUANT_METHOD)
+class AnybitsQuantizer(HfQuantizer):
+    """Swaps plane modules into the empty model before loading, and fills them after it."""
+
+    requires_calibration = True  # a model is quantized by `anybits quantize`, not on the fly
+    is_trainable = False
+
+    def __init__(self, quantization_config: AnybitsConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.reader: checkpoint.CheckpointReader | None = None
+        self.default = ModelPrecision(quantization_config.stored.precisions[-1])
+
+    def is_serializable(self) -> bool:
+        """Return True: `save_pretrained` writes the planes back as they are."""
+        return True
+
+    def _process_model_before_weight_loading(
+        self,
+        model: PreTrainedModel,
+        dtype: torch.dtype | None = None,
+        checkpoint_files: list[str] | None = None,
+        **_: Any,
+    ) -> PreTrainedModel:
+        config: AnybitsConfig = self.quantization_config
+        if not checkpoint_files or not checkpoint_files[0].endswith(".safetensors"):
+            raise AnybitsError("an anybits checkpoint is read from safetensors files, and none were found")
+        self.reader = checkpoint.CheckpointReader(map(Path, checkpoint_files), config.on_disk)
+        self.reader.verify_unquantized()
+        modules = swap_in_planes(model, config.stored, self.default, dtype)
+        for name, module in modules.items():
+            self.reader.check(name, module.out_features, module.in_features, config.stored.precisions)
+        stray = sorted(set(self.reader.modules()) - set(modules))
+        if stray:
+            raise AnybitsError(
+                f"{stray[0]} is stored as planes but config.json does not name it: the files belong to another model"
+            )
+        ours = {r"\.(planes|scales_\d|offsets_\d|centroids_\d)$"}  # read by `reader`, not by transformers
+        model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | ours
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        assert self.reader is not None
+        precisions = self.quantization_config.stored.precisions
+        for name, module in plane_modules(model).items():
+            weight = self.reader.read(name, module.in_features, precisions)
+            module.set_plane_weight(weight.to(module.weight.device))
+        model.anybits_bytes_read = self.reader.bytes_read
+        self.reader = None
+        attach_precision(model, self.default, precisions)
+        return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """Return the tensors to save, and the checksums that belong in the files' headers."""
+        state = model.state_dict()
+        return state, checkpoint.metadata(state)
+
+
+def plane_modules(model: nn.Module) -> dict[str, PlaneModule]:
+    """Return the plane modules of a model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, PlaneModule)}
+
+
+def swap_in_planes(
+    model: nn.Module, stored: StoredConfig, default: ModelPrecision, dtype: torch.dtype | None
+) -> dict[str, PlaneModule]:
+    """Replace every target of `stored` by an empty plane module; return them by name.
+
+    A target is an nn.Linear, or a 3-D parameter `[E, N, K]` of fused experts.
+    """
+    swapped: dict[str, PlaneModule] = {}
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and stored.is_target(name):
+            new: PlaneModule = PlaneLinear(
+                module.in_features, module.out_features, stored.group_size, default, module.bias is not None, dtype
+            )
+            swapped[name] = new
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, new)
+        for leaf, parameter in list(module.named_parameters(recurse=False)):
+            full = f"{name}.{leaf}"
+            if parameter.ndim == 3 and stored.is_target(full):
+                delattr(module, leaf)
+                swapped[full] = PlaneStack(parameter.shape, stored.group_size, default, dtype)
+                setattr(module, leaf, swapped[full])
+                run_experts_eagerly(model)
+    if not swapped:
+        raise AnybitsError(
+            f"none of the checkpoint's quantized modules ({', '.join(stored.targets[:3])} ...) is in the model: "
+            "config.json does not belong to these weights"
+        )
+    return swapped
+
+
+def run_experts_eagerly(model: nn.Module) -> None:
+    """Let fused experts run expert by expert: the batched forms need all their matrices as one dense tensor."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None and hasattr(config, "_experts_implementation"):
+            config._experts_implementation = "eager"
+
+
+def attach_precision(model: PreTrainedModel, default: ModelPrecision, stored: tuple[int, ...]) -> None:
+    """Give a model `set_precision(p)`, `generate(..., precision=p)`, and `precisions`."""
+
+    def set_precision(self: PreTrainedModel, value: Precision) -> None:
+        """Run at `value` wherever no `anybits.precision` scope says otherwise."""
+        default.value = checked(value, stored)
+
+    def generate(self: PreTrainedModel, *args: Any, precision: Precision | None = None, **kwargs: Any) -> Any:
+        """`GenerationMixin.generate` at `precision`: an int, or one int per sequence as a list or tensor."""
+        scope = contextlib.nullcontext() if precision is None else scoped(checked(precision, stored))
+        with scope:
+            return type(self).generate(self, *args, **kwargs)
+
+    model.precisions = stored
+    model.set_precision = MethodType(set_precision, model)
+    if hasattr(model, "generate"):
+        model.generate = MethodType(generate, model)
+
+
+def checked(value: Precision | list[int], stored: tuple[int, ...]) -> Precision:
+    """Return `value` as a Precision whose every entry is stored, or raise AnybitsError."""
+    if isinstance(value, int):
+        check_precision(value, stored)
+        return value
+    rows = torch.as_tensor(value, dtype=torch.int32)
+    for one in rows.unique().tolist():
+        check_precision(one, stored)
+    return rows
+
+
+def stored_config(path: str | Path) -> StoredConfig:
+    """Return what the checkpoint at `path` says of itself; raise AnybitsError when it is not one."""
+    if Path(path).is_dir():
+        return checkpoint.read_stored_config(Path(path))
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise AnybitsError(f"{path} is neither a model folder nor a reachable hub name: {_first_line(error)}") from None
+    stored = getattr(config, "quantization_config", None)
+    if not isinstance(stored, dict):
+        raise AnybitsError(f"{path} is not quantized: its config.json has no quantization_config")
+    return StoredConfig.from_dict(stored)
+
+
+def load_model(path: str | Path, max_precision: int | None = None, **kwargs: Any) -> PreTrainedModel:
+    """Load a quantized causal language model; with `max_precision` p only the bytes of p planes are read.
+
+    kwargs go to `from_pretrained` (dtype, device_map, ...). Raises AnybitsError for anything but an anybits
+    checkpoint whose files are whole.
+    """
+    stored_config(path)
+    config = AutoConfig.from_pretrained(path)
+    if max_precision is not None:
+        config.quantization_config["max_precision"] = max_precision
+    with quiet_transformers():
+        return AutoModelForCausalLM.from_pretrained(path, config=config, **kwargs)
+
+
+def load_float_model(path: str, **kwargs: Any) -> PreTrainedModel:
+    """Load the float model that is to be quantized or compared with, in its stored dtype unless told otherwise."""
+    with quiet_transformers():
+        try:
+            model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+        except (OSError, ValueError, KeyError) as error:
+            raise AnybitsError(f"{path} cannot be loaded as a causal language model: {_first_line(error)}") from None
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise AnybitsError(f"{path} is quantized already: give the original float model")
+    return model
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model folder or hub name."""
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise AnybitsError(f"{path} has no tokenizer that can be loaded: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' loading bars and notices off the terminal; its warnings about weights stay."""
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
+
+
+def make_planes(model: nn.Module, weights: Mapping[str, PlaneWeight], stored: StoredConfig) -> None:
+    """Turn a float model into a quantized one in place, from weights by module name."""
+    default = ModelPrecision(stored.precisions[-1])
+    dtype = next(model.parameters()).dtype
+    for name, module in swap_in_planes(model, stored, default, dtype).items():
+        module.set_plane_weight(weights[name])
+    attach_precision(model, default, stored.precisions)
+
+
+def weight_facts(model: nn.Module) -> dict[int, tuple[int, int]]:
+    """Return precision -> (bytes of quantized weights read, number of quantized weights) of a loaded model."""
+    modules = list(plane_modules(model).values())
+    count = sum(module.in_features * module.out_features for module in modules)
+    stored = modules[0].stored_precisions if modules else ()
+    return {p: (sum(m.plane_weight.weight_bytes(p) for m in modules), count) for p in stored}
+
+
+def generate_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    stream: bool = False,
+) -> tuple[str, int]:
+    """Return the continuation of `prompt` and its number of tokens, at the active precision.
+
+    temperature 0 is greedy; with `stream` the text is also written to the terminal as it comes.
+    """
+    encoded = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    if encoded["input_ids"].numel() == 0:
+        raise AnybitsError("the prompt is empty: give at least one token to continue")
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    streamer = transformers.TextStreamer(tokenizer, skip_special_tokens=True) if stream else None
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    output = model.generate(
+        **encoded, max_new_tokens=max_new_tokens, streamer=streamer, pad_token_id=padding, **sampling
+    )
+    new = output[0, encoded["input_ids"].shape[1] :]
+    return tokenizer.decode(new, skip_special_tokens=True), len(new)
+
+
+def encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], list[int]]:
+    """Return text -> token ids, without special tokens and without the warning about long texts."""
+    return lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def plain_config(model: PreTrainedModel) -> dict[str, Any]:
+    """Return the JSON object of a float model's config, as its own folder would hold it."""
+    model.config.architectures = [type(model).__name__]
+    return json.loads(model.config.to_json_string(use_diff=True))
+
+
+def in_features(model: nn.Module, module: str) -> int:
+    """Return K of the target `module` of a float model: of a linear layer or of a stack of experts."""
+    parent, _, leaf = module.rpartition(".")
+    found = getattr(model.get_submodule(parent), leaf)
+    return found.in_features if isinstance(found, nn.Linear) else found.shape[-1]
+
+
+def save_companions(source: str, folder: Path, model: PreTrainedModel) -> None:
+    """Write the tokenizer, when `source` has one, and the generation settings beside the weights."""
+    with contextlib.suppress(AnybitsError):
+        load_tokenizer(source).save_pretrained(folder)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(folder)

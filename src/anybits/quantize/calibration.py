@@ -1,0 +1,132 @@
+"""Calibration: texts from a file or a dataset, token windows from texts, and the sensitivity of each weight."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from anybits.errors import AnybitsError
+
+DEFAULT_DATASET = "allenai/c4:en"
+_MAX_DOCUMENTS = 20_000
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Token windows int64 `[samples, seq_len]` and where they came from."""
+
+    tokens: torch.Tensor
+    source: str
+
+    @property
+    def sha256(self) -> str:
+        """The hash of the tokens: two runs with the same hash saw the same data."""
+        return hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()
+
+
+def read_texts(source: str) -> list[str]:
+    """Return the text of a file, or the documents of a Hugging Face dataset named NAME[:CONFIG[:SPLIT]]."""
+    path = Path(source)
+    if path.is_file():
+        try:
+            return [path.read_text(encoding="utf-8")]
+        except UnicodeDecodeError:
+            raise AnybitsError(f"{source} is not UTF-8 text") from None
+    if path.suffix in (".txt", ".json", ".jsonl", ".md", ".py") or source.startswith((".", "/")):
+        raise AnybitsError(f"{source} does not exist: give a text file or the name of a Hugging Face dataset")
+    return _read_dataset(source)
+
+
+def _read_dataset(source: str) -> list[str]:
+    try:
+        import datasets
+    except ImportError:
+        raise AnybitsError(
+            f"'{source}' is no file, and reading it as a dataset needs: pip install 'anybits[eval]'"
+        ) from None
+    name, _, rest = source.partition(":")
+    config, _, split = rest.partition(":")
+    try:
+        rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
+        documents = list(islice((_text_of(row) for row in rows), _MAX_DOCUMENTS))
+    except Exception as error:  # the library raises its own and its network stack's many kinds
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise AnybitsError(f"dataset '{source}' cannot be read (give a text file instead?): {reason}") from None
+    return documents
+
+
+def _text_of(row: dict[str, Any]) -> str:
+    if isinstance(row.get("text"), str):
+        return row["text"]
+    return next((value for value in row.values() if isinstance(value, str)), "")
+
+
+def sample_windows(
+    texts: Iterable[str],
+    encode: Callable[[str], Sequence[int]],
+    samples: int,
+    seq_len: int,
+    seed: int,
+    source: str,
+) -> Calibration:
+    """Return `samples` windows of `seq_len` tokens at seeded places of the joined texts.
+
+    Raises AnybitsError when the texts hold fewer than one window.
+    """
+    ids: list[int] = []
+    wanted = 8 * samples * seq_len  # enough to choose from; a dataset may be endless
+    for text in texts:
+        ids.extend(encode(text))
+        if len(ids) >= wanted:
+            break
+    if len(ids) < seq_len:
+        raise AnybitsError(
+            f"{source} has {len(ids)} tokens, fewer than one calibration window of {seq_len}: "
+            "give more text or a smaller --seq-len"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(0, len(ids) - seq_len + 1, (samples,), generator=generator)
+    tokens = torch.tensor(ids)
+    return Calibration(torch.stack([tokens[s : s + seq_len] for s in starts.tolist()]), source)
+
+
+def fisher(
+    model: nn.Module,
+    tokens: torch.Tensor,
+    parameters: dict[str, nn.Parameter],
+    progress: Callable[[int, int], None],
+) -> dict[str, torch.Tensor]:
+    """Return the diagonal Fisher information of each parameter: the sum over windows of the squared gradient.
+
+    Any-Precision LLM (arXiv 2402.10517, section 3.2) and SqueezeLLM (arXiv 2306.07629, equation 3) use
+    it as the sensitivity of a weight. parameters: name -> parameter of `model`; returns float32 of the same shapes.
+    """
+    sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
+    by_id = {id(p): sums[name] for name, p in parameters.items()}
+
+    def collect(parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        by_id[id(parameter)] += parameter.grad.float().square()
+        parameter.grad = None
+
+    required = [(p, p.requires_grad) for p in model.parameters()]
+    for parameter, _ in required:
+        parameter.requires_grad_(id(parameter) in by_id)
+    hooks = [p.register_post_accumulate_grad_hook(collect) for p in parameters.values()]
+    try:
+        for index, window in enumerate(tokens):
+            model(input_ids=window[None], labels=window[None], use_cache=False).loss.backward()
+            progress(index + 1, len(tokens))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter, was_required in required:
+            parameter.requires_grad_(was_required)
+    return sums

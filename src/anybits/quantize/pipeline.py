@@ -1,0 +1,254 @@
+"""The pipeline: a float model in, a checkpoint of bit-planes out, one decoder block after another.
+
+A finished block is on disk before the next one starts. A run that was stopped goes on from there: finished
+blocks are read back instead of quantized again, and the result is the same to the byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from anybits.checkpoint import CheckpointReader, CheckpointWriter, write_json
+from anybits.config import Recipe, StoredConfig
+from anybits.errors import AnybitsError
+from anybits.quantize import anybcq, anyprecision, block_tuning
+from anybits.quantize.blocks import BlockInputs, BlockRunner, capture
+from anybits.quantize.calibration import Calibration, fisher
+from anybits.quantize.targets import Target, find_blocks, find_targets, matrix, target_patterns
+from anybits.weight import PlaneWeight
+
+STATE_FILE = "quantize.json"
+REST = "rest"
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """What one finished block reports: relative squared weight error of each precision, and whether it was resumed."""
+
+    index: int
+    total: int
+    error: dict[int, float]
+    resumed: bool
+
+
+@dataclass
+class Progress:
+    """Callbacks of a run; each may be replaced."""
+
+    calibrating: Callable[[int, int], None] = field(default=lambda done, total: None)
+    block_done: Callable[[BlockReport], None] = field(default=lambda report: None)
+
+
+def quantize(
+    model: nn.Module,
+    model_config: dict[str, Any],
+    recipe: Recipe,
+    calibration: Calibration | None,
+    out: Path,
+    version: str,
+    progress: Progress | None = None,
+) -> StoredConfig:
+    """Quantize the decoder blocks of `model` into folder `out` and return what was stored.
+
+    model: a causal language model on the CPU, left unchanged; model_config: the JSON object of its config;
+    calibration: needed unless the preset is fast. Raises AnybitsError for a model without linear layers in
+    blocks, for missing calibration, and for a folder that holds another run.
+    """
+    if recipe.needs_text and calibration is None:
+        raise AnybitsError(f"preset {recipe.preset} needs calibration text: give some, or use preset fast")
+    run = _Run(model, recipe, calibration, CheckpointWriter(out), progress or Progress())
+    fingerprint = run.fingerprint(model_config, version)
+    _claim(out, fingerprint)
+    run.quantize_blocks()
+    run.write_rest()
+    stored = StoredConfig(
+        method=recipe.method,
+        precisions=recipe.precisions,
+        targets=target_patterns(model),
+        group_size=recipe.group_size if recipe.method == "anybcq" else None,
+        symmetric=recipe.symmetric if recipe.method == "anybcq" else None,
+        recipe=recipe.to_dict() | _data_facts(calibration) | {"anybits_version": version},
+    )
+    run.writer.finish([*run.shard_names(), REST], stored, model_config)
+    (out / STATE_FILE).unlink()
+    return stored
+
+
+def _data_facts(calibration: Calibration | None) -> dict[str, Any]:
+    if calibration is None:
+        return {"calibration": None}
+    return {
+        "calibration": {
+            "source": calibration.source,
+            "sha256": calibration.sha256,
+            "tokens": calibration.tokens.numel(),
+        }
+    }
+
+
+def _claim(out: Path, fingerprint: str) -> None:
+    """Mark `out` as belonging to this run, or raise AnybitsError when it holds something else."""
+    state = out / STATE_FILE
+    if state.exists():
+        if json.loads(state.read_text())["fingerprint"] != fingerprint:
+            raise AnybitsError(
+                f"{out} holds an unfinished run with another model, data, settings or version: "
+                "repeat that run to resume it, or choose another folder"
+            )
+        return
+    if (out / "config.json").exists() or any(out.glob("*.safetensors")):
+        raise AnybitsError(f"{out} already holds a model: choose another folder or remove it first")
+    write_json(state, {"fingerprint": fingerprint})
+
+
+class _Run:
+    """One pass over the blocks."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        calibration: Calibration | None,
+        writer: CheckpointWriter,
+        progress: Progress,
+    ) -> None:
+        self.model, self.recipe, self.calibration = model, recipe, calibration
+        self.writer, self.progress = writer, progress
+        self.prefix, self.blocks = find_blocks(model)
+        self.targets = [find_targets(block) for block in self.blocks]
+        self.sensitivity: dict[str, torch.Tensor] = {}
+
+    def shard_names(self) -> list[str]:
+        """Return the shard of each block."""
+        return [f"block-{index:05d}" for index in range(len(self.blocks))]
+
+    def fingerprint(self, model_config: dict[str, Any], version: str) -> str:
+        """Return a hash of everything that determines the result: model, data, settings and code version."""
+        facts = [json.dumps(model_config, sort_keys=True, default=str), self.recipe.to_json(), version]
+        facts.append(self.calibration.sha256 if self.calibration else "no text")
+        digest = hashlib.sha256("\n".join(facts).encode())
+        for name, tensor in self.model.state_dict().items():
+            sample = tensor.flatten()[:4096].float().contiguous().numpy().tobytes()
+            digest.update(name.encode() + str(tuple(tensor.shape)).encode() + sample)
+        return digest.hexdigest()
+
+    def quantize_blocks(self) -> None:
+        """Quantize, tune and write every block that is not yet on disk."""
+        todo = [not self.writer.has_shard(name) for name in self.shard_names()]
+        if self.recipe.method == "any-precision" and self.recipe.needs_text and any(todo):
+            self._measure_sensitivity()
+        tuned = self.recipe.preset == "best" and any(todo)
+        inputs = self._capture() if tuned else None
+        paths = {p: list(inputs.hidden) for p in self.recipe.precisions} if inputs else {}
+        float_path = list(inputs.hidden) if inputs else []
+        for index, name in enumerate(self.shard_names()):
+            weights = self._quantize_weights(index) if todo[index] else self._read_back(index)
+            if inputs is not None:
+                weights, float_path = self._reconstruct(index, weights, inputs, float_path, paths, todo[index])
+            if todo[index]:
+                self._write_block(index, name, weights)
+            self.progress.block_done(BlockReport(index, len(todo), self._errors(index, weights), not todo[index]))
+
+    def _measure_sensitivity(self) -> None:
+        assert self.calibration is not None
+        parameters = {
+            f"{index}.{t.parameter}": self.blocks[index].get_parameter(t.parameter)
+            for index, targets in enumerate(self.targets)
+            for t in targets
+        }
+        self.sensitivity = fisher(self.model, self.calibration.tokens, parameters, self.progress.calibrating)
+
+    def _capture(self) -> BlockInputs:
+        assert self.calibration is not None
+        batch = self.recipe.batch
+        tokens = self.calibration.tokens
+        batches = [b for b in tokens.split(batch) if len(b) == batch] or [tokens]
+        return capture(self.model, self.blocks, batches)
+
+    def _quantize_weights(self, index: int) -> dict[str, PlaneWeight]:
+        return {t.module: self._quantize_one(index, t) for t in self.targets[index]}
+
+    def _quantize_one(self, index: int, target: Target) -> PlaneWeight:
+        weight = matrix(self.blocks[index].get_parameter(target.parameter))
+        recipe = self.recipe
+        if recipe.method == "any-precision":
+            sensitivity = self.sensitivity.pop(f"{index}.{target.parameter}", None)
+            flat = None if sensitivity is None else sensitivity.view(weight.shape)
+            return anyprecision.quantize_matrix(weight, flat, recipe.precisions)
+        return anybcq.quantize_matrix(weight, recipe.precisions, recipe.group_size, recipe.symmetric, recipe.rounds)
+
+    def _reconstruct(
+        self,
+        index: int,
+        weights: dict[str, PlaneWeight],
+        inputs: BlockInputs,
+        float_path: list[torch.Tensor],
+        paths: dict[int, list[torch.Tensor]],
+        tune: bool,
+    ) -> tuple[dict[str, PlaneWeight], list[torch.Tensor]]:
+        """Tune the levels of each precision, then move every path behind this block; `paths` changes in place."""
+        runner = BlockRunner(self.blocks[index], inputs.arguments[index])
+        targets = self.targets[index]
+        like = dict(runner.block.named_parameters())
+        wanted = runner.run_all(float_path)
+        for p in self.recipe.precisions:
+            if tune:
+                weights = block_tuning.tune(runner, targets, weights, p, float_path, paths[p], wanted, self.recipe)
+            with torch.no_grad():
+                replaced = block_tuning.dense(weights, targets, p, like)
+            paths[p] = runner.run_all(paths[p], lambda replaced=replaced: replaced)  # type: ignore[misc]
+        return weights, wanted
+
+    def _write_block(self, index: int, name: str, weights: dict[str, PlaneWeight]) -> None:
+        block = self.blocks[index]
+        where = f"{self.prefix}.{index}"
+        quantized = {t.parameter for t in self.targets[index]}
+        tensors = {f"{where}.{key}": value for key, value in block.state_dict().items() if key not in quantized}
+        for module, weight in weights.items():
+            dtype = next(self.model.parameters()).dtype
+            tensors[f"{where}.{module}.weight"] = torch.empty(0, dtype=dtype)  # see PlaneModule
+            tensors.update({f"{where}.{module}.{key}": value for key, value in weight.tensors().items()})
+        self.writer.write_shard(name, tensors)
+
+    def _read_back(self, index: int) -> dict[str, PlaneWeight]:
+        recipe = self.recipe
+        path = self.writer.folder / f"model-{self.shard_names()[index]}.safetensors"
+        group_size = recipe.group_size if recipe.method == "anybcq" else None
+        stored = StoredConfig(recipe.method, recipe.precisions, (), group_size, recipe.symmetric)
+        reader = CheckpointReader([path], stored)
+        where = f"{self.prefix}.{index}"
+        return {
+            t.module: reader.read(f"{where}.{t.module}", t.in_features, recipe.precisions) for t in self.targets[index]
+        }
+
+    def write_rest(self) -> None:
+        """Write all that is not in a block: embeddings, norms, head; a tied tensor once."""
+        if self.writer.has_shard(REST):
+            return
+        tied = set(getattr(self.model, "all_tied_weights_keys", None) or {})
+        inside = f"{self.prefix}."
+        tensors = {
+            name: tensor
+            for name, tensor in self.model.state_dict().items()
+            if not name.startswith(inside) and name not in tied
+        }
+        self.writer.write_shard(REST, tensors)
+
+    def _errors(self, index: int, weights: dict[str, PlaneWeight]) -> dict[int, float]:
+        """Return the squared weight error of the block at each precision, relative to the squared weights."""
+        total = 0.0
+        errors = dict.fromkeys(self.recipe.precisions, 0.0)
+        for target in self.targets[index]:
+            weight = matrix(self.blocks[index].get_parameter(target.parameter))
+            total += float(weight.square().sum())
+            for p in errors:
+                errors[p] += float((weights[target.module].dequantize(p) - weight).square().sum())
+        return {p: error / max(total, 1e-30) for p, error in errors.items()}

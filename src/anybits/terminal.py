@@ -1,0 +1,113 @@
+"""What a person sees while anybits works: a bar on a terminal, plain lines elsewhere, tables at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from anybits.evaluate.report import Evaluation
+from anybits.quantize.pipeline import BlockReport, Progress
+
+
+def _bar(console: Console) -> Bar:
+    return Bar(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+    )
+
+
+def _errors(report: BlockReport) -> str:
+    return " ".join(f"{p} bits {100 * error:.2f} %" for p, error in report.error.items())
+
+
+@contextmanager
+def shown_progress(console: Console, label: str = "quantizing") -> Iterator[Progress]:
+    """Give callbacks that show the block, its weight error, and the time left."""
+    if console.is_terminal:
+        with _bar(console) as bar:
+            tasks: dict[str, Any] = {}
+
+            def calibrating(done: int, total: int) -> None:
+                if "text" not in tasks:
+                    tasks["text"] = bar.add_task("calibrating", note="", total=total)
+                bar.update(tasks["text"], completed=done)
+
+            def block_done(report: BlockReport) -> None:
+                if "blocks" not in tasks:
+                    tasks["blocks"] = bar.add_task(label, note="", total=report.total)
+                note = "resumed" if report.resumed else f"weight error {_errors(report)}"
+                bar.update(tasks["blocks"], completed=report.index + 1, note=note)
+
+            yield Progress(calibrating, block_done)
+        return
+    yield _logged(console, label)
+
+
+def _logged(console: Console, label: str) -> Progress:
+    started = time.monotonic()
+
+    def calibrating(done: int, total: int) -> None:
+        if done == total or done % max(1, total // 10) == 0:
+            console.print(f"calibrating: {done}/{total}", highlight=False)
+
+    def block_done(report: BlockReport) -> None:
+        done = report.index + 1
+        left = (time.monotonic() - started) / done * (report.total - done)
+        note = "resumed" if report.resumed else f"weight error {_errors(report)}"
+        console.print(f"{label}: block {done}/{report.total}, {note}, {left:.0f} s left", highlight=False)
+
+    return Progress(calibrating, block_done)
+
+
+@contextmanager
+def counted(console: Console, label: str) -> Iterator[Callable[[int, int], None]]:
+    """Give a callback(done, total) shown as a bar on a terminal and not at all elsewhere."""
+    if not console.is_terminal:
+        yield lambda done, total: None
+        return
+    with _bar(console) as bar:
+        task = bar.add_task(label, note="", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def result_table(evaluation: Evaluation) -> Table:
+    """Return the table of an evaluation."""
+    table = Table(title=f"{evaluation.model}: {evaluation.text_tokens} tokens in windows of {evaluation.seq_len}")
+    for column in ("precision", "MB read", "bits/weight", "perplexity", "KL", "top-1 agreement"):
+        table.add_column(column, justify="right")
+    for r in evaluation.results:
+        kl = "" if r.kl_divergence is None else f"{r.kl_divergence:.4f}"
+        top = "" if r.top1_agreement is None else f"{100 * r.top1_agreement:.1f} %"
+        size, bits = f"{r.weight_bytes / 1e6:.2f}", f"{r.bits_per_weight:.3f}"
+        table.add_row(str(r.precision), size, bits, f"{r.perplexity:.3f}", kl, top)
+    if evaluation.reference is not None:
+        reference = evaluation.reference
+        table.add_row("float", f"{reference.weight_bytes / 1e6:.2f}", "", f"{reference.perplexity:.3f}", "", "")
+    return table
+
+
+def inspection_tables(facts: dict[str, Any]) -> list[Table]:
+    """Return the tables of `anybits inspect`."""
+    head = Table(title=f"{facts['model']}: {facts['method']}, format version {facts['format_version']}")
+    for column in ("precision", "MB read", "bits/weight", "share of 16 bits"):
+        head.add_column(column, justify="right")
+    for row in facts["precisions"]:
+        share = f"{100 * row['bits_per_weight'] / 16:.1f} %"
+        head.add_row(str(row["precision"]), f"{row['weight_bytes'] / 1e6:.2f}", f"{row['bits_per_weight']:.3f}", share)
+    parts = Table(title=f"{facts['quantized_modules']} quantized modules, {facts['quantized_weights']} weights")
+    for column in ("stored", "MB"):
+        parts.add_column(column, justify="right")
+    for name, size in facts["stored_bytes"].items():
+        parts.add_row(name, f"{size / 1e6:.2f}")
+    return [head, parts]
