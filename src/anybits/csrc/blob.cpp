@@ -139,8 +139,11 @@ void pack_centroids(const float *from, int64_t count, int16_t *out, float *scale
 int blob_check(const void *blob, int64_t blob_bytes) {
     if (!blob || blob_bytes < static_cast<int64_t>(sizeof(Header))) return AB_BAD_BLOB;
     const Header *h = header_of(blob);
-    if (h->magic != MAGIC || h->total > blob_bytes) return AB_BAD_BLOB;
-    return AB_OK;
+    if (h->magic != MAGIC || h->total > blob_bytes || check_shape(h->shape) != AB_OK) return AB_BAD_BLOB;
+    // The layout follows from the shape, so a header that was tampered with cannot lead out of the blob.
+    Header expected;
+    lay_out(h->shape, &expected);
+    return memcmp(h, &expected, sizeof expected) == 0 ? AB_OK : AB_BAD_BLOB;
 }
 
 extern "C" int64_t ab_blob_bytes(const ab_shape *shape) {

@@ -13,6 +13,7 @@ from types import ModuleType
 import torch
 
 from anybits.errors import AnybitsError
+from anybits.kernels import reference as _reference  # noqa: F401  (registered first: the last resort)
 from anybits.kernels.backend import register
 from anybits.weight import AffineLevels, PlaneWeight, check_precision, group_columns
 
@@ -211,6 +212,8 @@ def _matmul(
     if status:
         _refuse(status, x, blob, precision, rows)
     return y
+
+
 def _checked_rows(rows: torch.Tensor, count: int) -> torch.Tensor:
     if rows.dtype != torch.int32 or rows.shape != (count,) or rows.device.type != "cpu":
         raise AnybitsError(
@@ -232,6 +235,8 @@ class _Header:
 
 
 def _header(blob: torch.Tensor) -> _Header:
+    if blob.numel() < 64:
+        raise AnybitsError(f"a packed weight of {blob.numel()} bytes cannot be one")
     fields = struct.unpack_from("<Q4i3qiI", blob[:64].numpy())
     _, isa, levels, _, _, n, k, _, planes, mask = fields
     return _Header(isa, levels == _AFFINE, n, k, tuple(p for p in range(1, planes + 1) if mask >> p & 1))
@@ -244,7 +249,7 @@ def _refuse(status: int, x: torch.Tensor, blob: torch.Tensor, precision: int, ro
         check_precision(p, header.precisions)
     if x.shape[1] != header.in_features:
         raise AnybitsError(f"activations have {x.shape[1]} columns where the weight has {header.in_features}")
-    raise AnybitsError(f"the CPU kernels refused a multiplication (status {status})")
+    raise AnybitsError(f"the CPU kernels refused a packed weight of {blob.numel()} bytes (status {status})")
 
 
 def _dense(
@@ -275,12 +280,10 @@ def _dense_into(y: torch.Tensor, x: torch.Tensor, blob: torch.Tensor, header: _H
     tile = max(64, _loaded().tile_rows(header.isa))
     count = max(tile, SLAB_BYTES // (k * dtype.itemsize) // tile * tile)
     slab = torch.empty(k * min(count, n), dtype=dtype)
+    source, to = (blob.data_ptr(), blob.numel(), precision), (_DTYPES[dtype], slab.data_ptr(), torch.get_num_threads())
     for first in range(0, n, count):
         here = min(count, n - first)
-        status = _loaded().dequantize(
-            blob.data_ptr(), blob.numel(), precision, first, here, _DTYPES[dtype], slab.data_ptr(), torch.get_num_threads()
-        )
-        _check(status)
+        _check(_loaded().dequantize(*source, first, here, *to))
         flat = slab[: k * here]
         w_t = flat.view(k, here) if header.affine else flat.view(here, k).t()
         y[:, first : first + here] = x @ w_t
