@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -95,16 +96,16 @@ class CpuBackend:
         """Return `weight` repacked plane after plane into 2 MiB pages; nothing in it refers to `weight`."""
         library, isa = _loaded(), self._isa_number()
         levels = weight.levels
-        affine = isinstance(levels, AffineLevels)
+        scaled = levels if isinstance(levels, AffineLevels) else None
         dtype = _common_dtype(weight)
         shape = (
             isa,
-            _AFFINE if affine else _CODEBOOK,
+            _CODEBOOK if scaled is None else _AFFINE,
             _DTYPES[dtype],
-            int(affine and levels.offsets is not None),
+            int(scaled is not None and scaled.offsets is not None),
             weight.out_features,
             weight.in_features,
-            group_columns(levels.group_size, weight.in_features) if affine else weight.in_features,
+            weight.in_features if scaled is None else group_columns(scaled.group_size, weight.in_features),
             weight.max_precision,
             sum(1 << p for p in weight.precisions),
         )
@@ -122,16 +123,17 @@ class CpuBackend:
             offsets = tensors[1].data_ptr() if len(tensors) > 1 else None
             _check(library.blob_levels(*at, p, tensors[0].data_ptr(), offsets))
         tile = library.tile_rows(isa)
-        return PackedWeight(blob, weight.out_features, weight.in_features, weight.precisions, affine, tile)
+        return PackedWeight(blob, weight.out_features, weight.in_features, weight.precisions, scaled is not None, tile)
 
     def matmul(self, x: torch.Tensor, prepared: PackedWeight, precision: int | torch.Tensor) -> torch.Tensor:
         """Return x `[M, K]` @ W_p.T as `[M, N]` in x's dtype (fp32, bf16 or fp16), accumulated in float32."""
-        if x.requires_grad and torch.is_grad_enabled():
-            return _differentiable(x, prepared, precision)
         rows = None if isinstance(precision, int) else precision
         wanted = precision if isinstance(precision, int) else 0
+        fast = self._fast_tables()
+        if x.requires_grad and torch.is_grad_enabled():
+            return _Product.apply(x, prepared, wanted, rows, fast)
         run = torch.ops.anybits.cpu_matmul if torch.compiler.is_compiling() or type(x) is not torch.Tensor else _matmul
-        return run(x, prepared.blob, prepared.out_features, wanted, rows, prepared.affine, self._fast_tables())
+        return run(x, prepared.blob, prepared.out_features, wanted, rows, prepared.affine, fast)
 
     def _fast_tables(self) -> bool:
         return _fast_by_environment() if self._fast is None else self._fast
@@ -237,7 +239,7 @@ class _Header:
 def _header(blob: torch.Tensor) -> _Header:
     if blob.numel() < 64:
         raise AnybitsError(f"a packed weight of {blob.numel()} bytes cannot be one")
-    fields = struct.unpack_from("<Q4i3qiI", blob[:64].numpy())
+    fields = struct.unpack("<Q4i3qiI", blob[:56].numpy().tobytes())
     _, isa, levels, _, _, n, k, _, planes, mask = fields
     return _Header(isa, levels == _AFFINE, n, k, tuple(p for p in range(1, planes + 1) if mask >> p & 1))
 
@@ -299,17 +301,26 @@ def _dequantized(blob: torch.Tensor, header: _Header, precision: int) -> torch.T
     return flat.view(header.out_features, header.in_features).t()
 
 
-def _differentiable(x: torch.Tensor, prepared: PackedWeight, precision: int | torch.Tensor) -> torch.Tensor:
-    """The product by torch operations that autograd follows to x."""
-    if isinstance(precision, int):
-        header = _header(prepared.blob)
-        check_precision(precision, header.precisions)
-        return (x.float() @ _dequantized(prepared.blob, header, precision)).to(x.dtype)
-    out = x.new_empty(x.shape[0], prepared.out_features)
-    for p in precision.unique().tolist():
-        chosen = (precision == p).nonzero()[:, 0]
-        out[chosen] = _differentiable(x[chosen], prepared, p)
-    return out
+class _Product(torch.autograd.Function):
+    """The kernel's product, differentiable in x: a model that runs outside no_grad still runs on the kernel."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, prepared: PackedWeight, precision: int, rows: torch.Tensor | None, fast: bool
+    ) -> torch.Tensor:
+        ctx.saved = prepared, precision, rows
+        return _matmul(x, prepared.blob, prepared.out_features, precision, rows, prepared.affine, fast)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        prepared, precision, rows = ctx.saved
+        gradient, header = gradients[0], _header(prepared.blob)
+        out = gradient.new_empty(gradient.shape[0], header.in_features)
+        for p in [precision] if rows is None else rows.unique().tolist():
+            chosen = slice(None) if rows is None else (rows == p).nonzero()[:, 0]
+            w_t = _dequantized(prepared.blob, header, p)
+            out[chosen] = (gradient[chosen].float() @ w_t.t()).to(out.dtype)
+        return out, None, None, None, None
 
 
 def _fake_matmul(
