@@ -4,11 +4,11 @@ import threading
 
 import pytest
 import torch
-from conftest import random_weight
 
 from anybits.errors import AnybitsError
 from anybits.linear import PlaneLinear, PlaneStack
 from anybits.precision import ModelPrecision, active, per_row, precision
+from conftest import random_weight
 
 
 def layer(group_size: int | None = 32) -> PlaneLinear:
