@@ -19,7 +19,7 @@ from anybits.precision import ModelPrecision
 from anybits.weight import AffineLevels, CodebookLevels, PlaneWeight, group_count
 
 ROOT = Path(__file__).parent.parent
-LIBRARY = cpu._library()
+LIBRARY = cpu.library()
 ISAS = [isa for i, isa in enumerate(cpu.ISAS) if LIBRARY is not None and LIBRARY.isa_usable(i)]
 PRECISIONS = tuple(range(1, 9))
 # Relative L2 error, per dtype of x: what the kernel adds plus what rounding y to that dtype adds.
@@ -284,7 +284,7 @@ def test_linear_layer_prefers_the_kernels():
 
 
 def test_without_the_library_the_reference_runs(monkeypatch):
-    monkeypatch.setattr(cpu, "_library", lambda: None)
+    monkeypatch.setattr(cpu, "library", lambda: None)
     assert "not compiled" in cpu.CpuBackend().unsupported(affine(8, 32), torch.device("cpu"))
 
 

@@ -67,7 +67,7 @@ class PackedWeight:
 
 
 @cache
-def _library() -> ModuleType | None:
+def library() -> ModuleType | None:
     """Return the extension module, sharing torch's thread pool; None when it was not built."""
     try:
         from anybits.kernels import _cpu
@@ -81,9 +81,9 @@ def _library() -> ModuleType | None:
 
 
 def _loaded() -> ModuleType:
-    library = _library()
-    assert library is not None, "unsupported() said that there is no library"
-    return library
+    loaded = library()
+    assert loaded is not None, "unsupported() said that there is no library"
+    return loaded
 
 
 class CpuBackend:
@@ -103,14 +103,14 @@ class CpuBackend:
         """Return why not, or None: any PlaneWeight on a CPU, if the kernels were compiled at install."""
         if device.type != "cpu":
             return f"it runs on the CPU, not on {device.type}"
-        if _library() is None:
+        if library() is None:
             return "the CPU kernels were not compiled when anybits was installed (a C++17 compiler is needed)"
         self._isa_number()
         return None
 
     def prepare(self, weight: PlaneWeight) -> PackedWeight:
         """Return `weight` repacked plane after plane into 2 MiB pages; nothing in it refers to `weight`."""
-        library, isa = _loaded(), self._isa_number()
+        packer, isa = _loaded(), self._isa_number()
         levels = weight.levels
         scaled = levels if isinstance(levels, AffineLevels) else None
         dtype = _common_dtype(weight)
@@ -125,19 +125,19 @@ class CpuBackend:
             weight.max_precision,
             sum(1 << p for p in weight.precisions),
         )
-        size = library.blob_bytes(*shape)
+        size = packer.blob_bytes(*shape)
         if size < 0:
             raise AnybitsError(f"this weight cannot be repacked for the CPU kernels (status {-size})")
-        blob = _allocate(size)
+        blob = allocate(size)
         at = (blob.data_ptr(), size)
-        _check(library.blob_begin(*at, *shape))
+        _check(packer.blob_begin(*at, *shape))
         for i in range(weight.max_precision):
             plane = weight.planes[i].contiguous()
-            _check(library.blob_plane(*at, i, plane.data_ptr(), torch.get_num_threads()))
+            _check(packer.blob_plane(*at, i, plane.data_ptr(), torch.get_num_threads()))
         for p in weight.precisions:
             tensors = [t.to(dtype).contiguous() for t in levels.tensors(p).values()]
             offsets = tensors[1].data_ptr() if len(tensors) > 1 else None
-            _check(library.blob_levels(*at, p, tensors[0].data_ptr(), offsets))
+            _check(packer.blob_levels(*at, p, tensors[0].data_ptr(), offsets))
         return PackedWeight(blob, weight.out_features, weight.in_features, weight.precisions)
 
     def matmul(self, x: torch.Tensor, prepared: PackedWeight, precision: int | torch.Tensor) -> torch.Tensor:
@@ -155,10 +155,10 @@ class CpuBackend:
 
     def _isa_number(self) -> int:
         name = self._isa or os.environ.get("ANYBITS_CPU_ISA")
-        library = _loaded()
+        machine = _loaded()
         if not name:
-            return int(library.isa_best())
-        usable = [isa for i, isa in enumerate(ISAS) if library.isa_usable(i)]
+            return int(machine.isa_best())
+        usable = [isa for i, isa in enumerate(ISAS) if machine.isa_usable(i)]
         if name not in usable:
             raise AnybitsError(f"instruction set '{name}' does not run here: choose {' or '.join(usable)}")
         return ISAS.index(name)
@@ -177,7 +177,7 @@ def _common_dtype(weight: PlaneWeight) -> torch.dtype:
     return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
-def _allocate(size: int) -> torch.Tensor:
+def allocate(size: int) -> torch.Tensor:
     """Return uint8 `[size]`, in 2 MiB pages where the system grants them: streaming runs a fifth faster."""
     if size < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(size, dtype=torch.uint8)
