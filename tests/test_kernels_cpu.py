@@ -1,5 +1,6 @@
 """The CPU kernels against float64 `PlaneWeight.dequantize`: every instruction set, the same cases."""
 
+import json
 import logging
 import os
 import shutil
@@ -12,6 +13,8 @@ import torch
 
 from anybits import bits
 from anybits.errors import AnybitsError
+from anybits.evaluate import kernels as benchmark
+from anybits.evaluate.kernels import bench_kernels, parse_shapes
 from anybits.kernels import cpu
 from anybits.kernels.reference import ReferenceBackend
 from anybits.linear import PlaneLinear
@@ -296,3 +299,19 @@ def test_arm_kernels_under_emulation():
     done = subprocess.run([ROOT / "tests/native/run.sh", "arm"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 instruction sets, 0 failures" in done.stdout
+
+
+def test_benchmark_yields_what_it_promises(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "_BEYOND_CACHE", 1 << 16)
+    monkeypatch.setattr(benchmark, "_BANDWIDTH_BYTES", 1 << 20)
+    file = tmp_path / "k.json"
+    torch.use_deterministic_algorithms(False)
+    timings = list(bench_kernels("96x160,64x64", "2,3", rows=(1, 3), rounds=1, group_size=32, json_file=file))
+    assert len(timings) == 2 * 2 * 2 * 2
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    keys = "shape m precision method backend us bytes gb_per_s bandwidth_share speedup_vs_bf16".split()  # noqa: SIM905
+    assert all(set(keys) <= set(line) for line in lines)
+    assert lines[0]["shape"] == [96, 160]
+    for wrong in ("0x4", "llama", "4096"):
+        with pytest.raises(AnybitsError, match=f"shapes '{wrong}' are unknown"):
+            parse_shapes(wrong)

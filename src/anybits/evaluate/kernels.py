@@ -189,7 +189,7 @@ def _error(y: torch.Tensor, x: torch.Tensor, weight: PlaneWeight, precision: int
 
 
 def _copies(size: int) -> int:
-    return max(1, math.ceil(_BEYOND_CACHE / size))
+    return min(1024, math.ceil(_BEYOND_CACHE / size))
 
 
 def _times(run: Callable[[], Any], least: int = 5, budget: float = 0.05) -> list[float]:
