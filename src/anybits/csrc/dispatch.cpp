@@ -61,8 +61,8 @@ struct Workspace {
 thread_local Workspace workspace;
 
 // Blending costs 2 instructions a plane for 32 weights, a lookup 8 a plane for 256 weights and row of x: at two and
-// three planes the lookups stay ahead (AVX-512, 16 rows, 4096 columns: 105 / 76 / 58 against 75 / 68 / 65 billion
-// products a second and core at 2 / 3 / 4 planes).
+// three planes the lookups stay ahead. AVX-512, one busy Zen 4 core, 4096 columns, billions of products a second at
+// 2 / 3 / 4 planes: lookups 105 / 76 / 58 (4 rows of x), blending 75 / 68 / 65 (16 rows).
 constexpr int BLEND_PRECISION = 4;
 
 constexpr int64_t KEEP_X_BYTES = 256 << 10;  // activations up to this size are compared instead of tabulated again

@@ -43,11 +43,15 @@ DENSE_ROWS = {
 Measured on one Zen 4 core, 2048 x 4096, milliseconds. torch's bf16 GEMM: 1.8 at 16 rows, 5.3 at 64, 20 at 256.
 Slabs (avx512, p = 2 / 4 / 8): affine 1.8 / 2.8 / 5.0, codebook 5.4. Kernel at 64 rows: affine 6.0 / 8.3 / 14.6,
 codebook 8.1 / 8.8 / 22.5. avx2: slabs 2.1 / 3.2 / 8.5, kernel at 16 rows affine 2.7 / 5.2 / 18, codebook
-3.5 / 8.2 / 45. NEON and portable were not measured.
+3.5 / 8.2 / 45. Best of 8 to 10 calls on a busy machine. Precisions 5 to 7 are interpolated; NEON's row is a copy
+of avx2's and portable's a guess.
 """
 
 DENSE_ROWS_FP32 = 8
-"""Factor on DENSE_ROWS for fp32 and fp16 x: torch's fp32 GEMM took 22 ms where the bf16 one took 5.3."""
+"""Factor on DENSE_ROWS for fp32 and fp16 x: at 64 rows slabs took 22 ms with fp32 and 8 to 11 with bf16.
+
+The factor itself is an estimate: no row count beyond 64 was measured.
+"""
 
 SLAB_BYTES = 2 << 20
 """Bytes of one dequantized slab: slabs of 8 MiB took two to four times as long to fill as those of 2 MiB."""
