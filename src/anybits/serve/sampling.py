@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+LEAST = -9999.0
+"""Log probability of a token that cannot come: JSON has no minus infinity, and OpenAI uses this number."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -79,5 +82,6 @@ class Sampler:
 
 def _logprobs(logits: torch.Tensor, token: int, count: int) -> Logprobs:
     logs = logits.log_softmax(-1)
+    logs = logs.clamp_min(LEAST)
     values, tokens = logs.topk(min(count, logs.numel()))
     return Logprobs(float(logs[token]), tuple(zip(tokens.tolist(), values.tolist(), strict=True)))

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from anybits.errors import AnybitsError
 from anybits.serve.engine import Engine
 from anybits.serve.metrics import Metrics, Snapshot
 from anybits.serve.policy import Load, Policy, Targets
@@ -79,6 +80,11 @@ class Worker:
         """Jobs that run or wait."""
         return self._inside
 
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
     def start(self) -> None:
         """Begin to serve."""
         self._thread.start()
@@ -104,21 +110,24 @@ class Worker:
 
     def _run(self) -> None:
         while self._take():
-            started = time.monotonic()
-            self._expire(started)
             try:
-                tokens = self.engine.step()
+                self._turn()
             except Exception:
                 # One broken step must not end the service: its requests fail, the next ones are served.
                 logger.exception("a step failed; its requests are answered with an error")
-                for sequence in list(self.engine.scheduler.running):
-                    self._end(sequence, "error")
-                continue
-            now = time.monotonic()
-            for token in tokens:
-                self._hand_out(token, now)
-            if tokens or not self.engine.idle:
-                self.policy.observe(Load(now, now - started, self._oldest_wait(now)))
+                for sequence in list(self._jobs):
+                    if sequence not in self.engine.scheduler.waiting:
+                        self._end(sequence, "error")
+
+    def _turn(self) -> None:
+        started = time.monotonic()
+        self._expire(started)
+        tokens = self.engine.step()
+        now = time.monotonic()
+        for token in tokens:
+            self._hand_out(token, now)
+        if tokens or not self.engine.idle:
+            self.policy.observe(Load(now, now - started, self._oldest_wait(now)))
 
     def _take(self) -> bool:
         """Bring new and cancelled jobs to the engine, waiting for one when it is idle; False ends the thread."""
@@ -148,7 +157,11 @@ class Worker:
             job.prompt, job.max_tokens, choice, job.sampling, job.prefill, stops, arrived, arrived + self._timeout_s
         )
         self._jobs[job.sequence] = job
-        self.engine.add(job.sequence)
+        try:
+            self.engine.add(job.sequence)
+        except AnybitsError:
+            logger.exception("a request that the API let through cannot run")
+            self._end(job.sequence, "error")
 
     def _hand_out(self, token: Token, now: float) -> None:
         sequence, job = token.sequence, self._jobs[token.sequence]
