@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import save_tiny
 
 import anybits
 from anybits.errors import AnybitsError
@@ -18,6 +17,7 @@ from anybits.serve.engine import Engine, Limits
 from anybits.serve.kv import BLOCK
 from anybits.serve.sampling import Sampling
 from anybits.serve.sequence import Fixed, Sequence
+from conftest import save_tiny
 
 Request = tuple[list[int], int, int]
 PRECISIONS = (2, 3, 4)
@@ -43,7 +43,11 @@ def requests(count: int, seed: int = 0) -> list[Request]:
     """Random (prompt, precision, new tokens); prompts from one token to more than a sliding window and a chunk."""
     rng = random.Random(seed)
     return [
-        ([rng.randrange(4, 64) for _ in range(rng.choice([1, 3, 17, 40]))], rng.choice(PRECISIONS), rng.choice([5, 20, 30]))
+        (
+            [rng.randrange(4, 64) for _ in range(rng.choice([1, 3, 17, 40]))],
+            rng.choice(PRECISIONS),
+            rng.choice([5, 20, 30]),
+        )
         for _ in range(count)
     ]
 
@@ -159,9 +163,7 @@ def test_numbers_of_one_request_never_reach_another(llama: transformers.PreTrain
         (Limits(kv_cache_bytes=20_000, max_model_len=128), "max-model-len 128 needs a larger KV cache"),
     ],
 )
-def test_limits_that_cannot_be_are_refused(
-    llama: transformers.PreTrainedModel, limits: Limits, message: str
-) -> None:
+def test_limits_that_cannot_be_are_refused(llama: transformers.PreTrainedModel, limits: Limits, message: str) -> None:
     with pytest.raises(AnybitsError, match=message):
         Engine(llama, limits)
 

@@ -40,7 +40,9 @@ def test_nothing_at_or_after_a_stop_string_is_sent(text: str, stop: list[str]) -
     # The first stop string that is complete ends the text: where it begins, or where a longer one that
     # ends with the same character begins.
     ends = [end for end in range(len(text) + 1) if any(text[:end].endswith(s) for s in stop)]
-    expected = text if not ends else min((text[: ends[0] - len(s)] for s in stop if text[: ends[0]].endswith(s)), key=len)
+    expected = (
+        text if not ends else min((text[: ends[0] - len(s)] for s in stop if text[: ends[0]].endswith(s)), key=len)
+    )
     assert sent == expected
     assert stream.stopped == bool(ends)
 

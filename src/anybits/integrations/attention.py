@@ -8,7 +8,6 @@ from contextvars import ContextVar
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from anybits.errors import AnybitsError
@@ -50,7 +49,7 @@ def packed_attention(attention: PackedAttention) -> Iterator[None]:
 
 
 def _forward(
-    module: nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,

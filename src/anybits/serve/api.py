@@ -25,7 +25,7 @@ from anybits.serve import metrics, schema
 from anybits.serve.gate import Gate
 from anybits.serve.jobs import Prompts, RequestError, Served, make_jobs
 from anybits.serve.openapi import describe
-from anybits.serve.responses import Choice, Shape, error
+from anybits.serve.responses import Choice, Shape, error, explain
 from anybits.serve.worker import Delta, Job, QueueFullError, Worker
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,8 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         504: "The request took longer than the server allows.",
     }.items()
 }
-STREAMED: dict[str, Any] = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+STREAMED: dict[str, Any] = {"content": {"text/event-stream": {"schema": EVENT}}}
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ def create_app(front: Front, api_key: str | None = None, max_body_bytes: int = 4
     _add_information(app, front)
     _add_errors(app, front)
     describe(app, front.served, api_key is not None)
-    app.add_middleware(Gate, api_key=api_key, max_body_bytes=max_body_bytes)  # type: ignore[arg-type]
+    app.add_middleware(Gate, api_key=api_key, max_body_bytes=max_body_bytes)
     return app
 
 
@@ -270,12 +271,8 @@ def _add_errors(app: FastAPI, front: Front) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def wrong_body(_: Request, problem: RequestValidationError) -> JSONResponse:
-        first = problem.errors()[0]
-        path = [str(part) for part in first["loc"][1:]]
-        if first["type"] == "json_invalid" or not path:
-            return refuse(400, f"the body is not a JSON object: {first['msg']}")
-        reason = first["msg"].removeprefix("Value error, ")
-        return refuse(400, f"{'.'.join(path)}: {reason[:1].lower()}{reason[1:]}", path[0])
+        message, field = explain(problem.errors())
+        return refuse(400, message, field)
 
     @app.exception_handler(HTTPException)
     async def no_route(_: Request, problem: HTTPException) -> Response:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from anybits.errors import AnybitsError
 from anybits.integrations import transformers as hf
@@ -40,7 +39,7 @@ class Limits:
 class Engine:
     """Continuous batching over one model; not thread-safe: one thread adds, steps and cancels."""
 
-    def __init__(self, model: nn.Module, limits: Limits | None = None) -> None:
+    def __init__(self, model: Any, limits: Limits | None = None) -> None:
         limits = limits or Limits()
         use_packed_attention(model)
         self.model, self.device = model, next(model.parameters()).device
@@ -53,7 +52,9 @@ class Engine:
         longest = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 4096)
         wanted = limits.max_model_len or longest
         if wanted > longest:
-            raise AnybitsError(f"max-model-len {wanted} is more than the {longest} positions that the model was made for")
+            raise AnybitsError(
+                f"max-model-len {wanted} is more than the {longest} positions that the model was made for"
+            )
         useful = limits.max_batch * blocks_for(wanted)
         blocks = min(blocks_in(limits.kv_cache_bytes, probe.shapes, dtype), useful)
         if limits.max_model_len and blocks < blocks_for(wanted):
@@ -61,7 +62,9 @@ class Engine:
         self.max_model_len = min(wanted, blocks * BLOCK)
         self.cache = KVCache(probe.shapes, blocks, dtype, self.device)
         mixes = not any(isinstance(m, PlaneStack) for m in model.modules())
-        self.scheduler = Scheduler(BlockPool(blocks), limits.max_batch, max(limits.max_rows, limits.max_batch), not mixes)
+        self.scheduler = Scheduler(
+            BlockPool(blocks), limits.max_batch, max(limits.max_rows, limits.max_batch), not mixes
+        )
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; raise AnybitsError when it can never run."""
@@ -152,7 +155,7 @@ def load_engine(
     path: str | Path, limits: Limits, dtype: torch.dtype | None = None, device: str = "cpu"
 ) -> tuple[Engine, Any, frozenset[int]]:
     """Return an engine for the model at `path`, its tokenizer, and the tokens that end a text."""
-    model = hf.load_model(path, **({} if dtype is None else {"dtype": dtype})).to(device).eval()
+    model = hf.load_model(path, None, **({} if dtype is None else {"dtype": dtype})).to(device).eval()
     tokenizer = hf.load_tokenizer(path)
     ends = getattr(model.generation_config, "eos_token_id", None)
     ends = tokenizer.eos_token_id if ends is None else ends

@@ -86,7 +86,9 @@ def find_precision(body: GenerationRequest, served: Served) -> int | None:
     """Return the precision to run at, or None for auto; raise RequestError for a wrong name or number."""
     aliases = served.aliases()
     if body.model is not None and body.model not in aliases:
-        raise RequestError(404, "model", f"model '{body.model}' is not served: choose {' or '.join(aliases)}", "unknown")
+        raise RequestError(
+            404, "model", f"model '{body.model}' is not served: choose {' or '.join(aliases)}", "unknown"
+        )
     for field, value in (("precision", body.precision), ("prefill_precision", body.prefill_precision)):
         if isinstance(value, int) and value not in served.precisions:
             also = ' or "auto"' if field == "precision" else ""
@@ -135,7 +137,7 @@ def make_jobs(
     targets = None
     if body.target_tpot_ms is not None or body.target_ttft_ms is not None:
         targets = Targets(body.target_tpot_ms, body.target_ttft_ms)
-    jobs = []
+    jobs: list[Job] = []
     for prompt in tokens:
         limit = _limit(body, prompt, served)
         for choice in range(choices):

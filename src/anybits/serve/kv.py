@@ -61,9 +61,7 @@ class KVCache:
     without another copy.
     """
 
-    def __init__(
-        self, shapes: Mapping[int, LayerShape], blocks: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, shapes: Mapping[int, LayerShape], blocks: int, dtype: torch.dtype, device: torch.device) -> None:
         slots = blocks * BLOCK
         self.keys = {i: torch.zeros(s.heads, slots, s.key_dim, dtype=dtype, device=device) for i, s in shapes.items()}
         self.values = {

@@ -72,7 +72,7 @@ def run(options: Options, started: Callable[[str], None]) -> None:
         default_precision=default,
         max_model_len=engine.max_model_len,
         max_choices=options.max_batch,
-        vocabulary=engine.model.get_input_embeddings().num_embeddings,  # type: ignore[operator, union-attr]
+        vocabulary=engine.model.get_input_embeddings().num_embeddings,
     )
     worker = Worker(engine, policy, ends, max_queue, options.timeout_s)
     front = api.make_front(worker, Prompts(tokenizer, template), served)

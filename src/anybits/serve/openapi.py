@@ -7,7 +7,6 @@ from typing import Any
 from anybits.serve.jobs import Served
 
 
-
 def describe(app: Any, served: Served, with_key: bool) -> None:
     """Replace `app.openapi` by one that knows `served`; wrong bodies get 400 here, never 422."""
     generic = app.openapi

@@ -48,8 +48,8 @@ class Controller:
         self._precisions = precisions
         self._level = len(precisions) - 1
         self._hold = HOLD_S
-        self._forget_load(0.0)
         self._seen = self._rose = float("-inf")
+        self._step_s, self._missed, self._relaxed_since = 0.0, 0, 0.0
 
     @property
     def precision(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from anybits.serve.sampling import Logprobs
@@ -122,6 +122,22 @@ def usage(choices: list[Choice], jobs: list[Job]) -> dict[str, Any]:
         "total_tokens": prompts + completion,
         "completion_tokens_by_precision": {str(p): count for p, count in sorted(generated.items())},
     }
+
+
+def explain(problems: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
+    """Return a sentence and the field for what pydantic found wrong with a body.
+
+    A field that may be of several kinds brings one problem for each: all are named, as the client has the choice.
+    """
+    first = problems[0]
+    if first["type"] == "value_error":
+        return str(first["msg"]).removeprefix("Value error, "), None
+    if first["type"] == "json_invalid" or len(first["loc"]) < 2:
+        return f"the body is not a JSON object: {first['msg']}", None
+    field = str(first["loc"][1])
+    same = [p for p in problems if len(p["loc"]) > 1 and p["loc"][1] == first["loc"][1]]
+    reasons = dict.fromkeys(f"{p['msg'][:1].lower()}{p['msg'][1:]}" for p in same)
+    return f"{field}: {' or '.join(reasons)}", field
 
 
 def error(message: str, status: int, param: str | None = None, code: str | None = None) -> dict[str, Any]:

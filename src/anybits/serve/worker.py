@@ -192,7 +192,9 @@ class Worker:
         del self._jobs[sequence]
         self._leave()
         self._recent_s += 0.1 * (now - sequence.arrived - self._recent_s)
-        precision = max(sequence.generated_at, key=lambda p: sequence.generated_at[p], default=sequence.choice.precision)
+        precision = max(
+            sequence.generated_at, key=lambda p: sequence.generated_at[p], default=sequence.choice.precision
+        )
         mode = "fixed" if isinstance(sequence.choice, Fixed) else "auto"
         pace = None
         if sequence.first_token is not None and sequence.generated > 1:
