@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import platform
+import shutil
 import sysconfig
 import time
 from dataclasses import asdict, dataclass
@@ -242,6 +243,9 @@ def main() -> None:
         "held_out_tokens": len(held_out_ids),
         "held_out_perplexity": round(perplexity(model.float(), held_out_ids, 512, len(held_out_ids)), 4),
     }
+    licence = Path(sysconfig.get_paths()["stdlib"]) / "LICENSE.txt"
+    if licence.exists():  # the two texts are parts of Python
+        shutil.copy(licence, out / "LICENSE-PSF.txt")
     (out / "training.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
 

@@ -13,6 +13,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+torch.set_num_threads(1)  # matrices this small are slower on many threads
+
 from anybits import bits
 from anybits.weight import AffineLevels, CodebookLevels, PlaneWeight, group_count
 
@@ -59,7 +61,8 @@ def tiny_model(name: str, dtype: torch.dtype = torch.float32) -> transformers.Pr
 
 def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
     """Return a tokenizer of single characters with 64 entries."""
-    characters = "<pad> <s> </s> <unk>".split() + list("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456 .")
+    characters = ["<pad>", "<s>", "</s>", "<unk>"]
+    characters += "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456 ."
     vocabulary = {character: index for index, character in enumerate(characters[:64])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")

@@ -96,8 +96,7 @@ def test_equals_the_naive_algorithm(base: int, weighted: bool, symmetric: bool) 
             assert float(fit.error[n]) == pytest.approx(wanted, rel=1e-5)
         fit = expand(values, fit, 50, symmetric, weights if weighted else None)
         naive = [
-            naive_expand(s, v, m, 50, symmetric)
-            for (s, _), v, m in zip(naive, values.numpy(), h.numpy(), strict=True)
+            naive_expand(s, v, m, 50, symmetric) for (s, _), v, m in zip(naive, values.numpy(), h.numpy(), strict=True)
         ]
 
 
@@ -143,9 +142,7 @@ def test_base_codes_are_the_nearest_stored_level(
     st.booleans(),
     st.integers(0, 999),
 )
-def test_any_shape(
-    rows: int, columns: int, size: int, precisions: tuple[int, ...], symmetric: bool, seed: int
-) -> None:
+def test_any_shape(rows: int, columns: int, size: int, precisions: tuple[int, ...], symmetric: bool, seed: int) -> None:
     weight = randn(rows, columns, seed=seed)
     if seed % 3 == 0:
         weight = weight.round() + 3
@@ -267,3 +264,18 @@ def test_group_size_must_fit() -> None:
 def test_padding_bits_are_zero() -> None:
     quantized = quantize_matrix(randn(2, 40), (2,), 32, False)
     assert (bits.unpack(quantized.planes, 40).shape[-1], int((quantized.planes[..., 1] >> 8).abs().max())) == (40, 0)
+
+
+def test_modes_and_threads_of_the_caller_stay() -> None:
+    weight = randn(4, 64)
+    plain = quantize_matrix(weight, (2, 3), 32, False)
+    threads = torch.get_num_threads()
+    with torch.inference_mode():
+        inside = quantize_matrix(weight, (2, 3), 32, False)
+    weight = torch.nn.Parameter(weight)
+    trainable = quantize_matrix(weight, (2, 3), 32, False)
+    assert torch.get_num_threads() == threads
+    for name, tensor in plain.tensors().items():
+        assert torch.equal(tensor, inside.tensors()[name])
+        assert torch.equal(tensor, trainable.tensors()[name])
+        assert not trainable.tensors()[name].requires_grad

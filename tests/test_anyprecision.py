@@ -46,9 +46,12 @@ def test_seed_and_splits_equal_brute_force() -> None:
         v, m = weight[n].double()[order].tolist(), h[n].double()[order].tolist()
         best = min(
             sum(
-                sum(b * (a - sum(x * y for x, y in zip(v[s:e], m[s:e], strict=True)) / sum(m[s:e])) ** 2
-                    for a, b in zip(v[s:e], m[s:e], strict=True))
-                for s, e in itertools.pairwise((0, *cut, 11)) if e > s
+                sum(
+                    b * (a - sum(x * y for x, y in zip(v[s:e], m[s:e], strict=True)) / sum(m[s:e])) ** 2
+                    for a, b in zip(v[s:e], m[s:e], strict=True)
+                )
+                for s, e in itertools.pairwise((0, *cut, 11))
+                if e > s
             )
             for cut in itertools.combinations_with_replacement(range(12), 3)
         )
@@ -153,3 +156,18 @@ def test_scale_of_sensitivity_does_not_matter(scale: float) -> None:
 def test_bad_input_gets_one_sentence(weight: torch.Tensor, sensitivity: torch.Tensor | None, said: str) -> None:
     with pytest.raises(AnybitsError, match=said):
         quantize_matrix(weight, sensitivity, (2, 3))
+
+
+def test_modes_and_threads_of_the_caller_stay() -> None:
+    weight = randn(4, 64)
+    plain = quantize_matrix(weight, None, (2, 3))
+    threads = torch.get_num_threads()
+    with torch.inference_mode():
+        inside = quantize_matrix(weight, None, (2, 3))
+    weight = torch.nn.Parameter(weight)
+    trainable = quantize_matrix(weight, None, (2, 3))
+    assert torch.get_num_threads() == threads
+    for name, tensor in plain.tensors().items():
+        assert torch.equal(tensor, inside.tensors()[name])
+        assert torch.equal(tensor, trainable.tensors()[name])
+        assert not trainable.tensors()[name].requires_grad

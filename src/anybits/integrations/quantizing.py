@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from torch import nn
+
 from anybits import checkpoint
 from anybits.config import Recipe, StoredConfig
 from anybits.errors import AnybitsError
@@ -59,7 +61,7 @@ def _texts(recipe: Recipe, calibration: str | Sequence[str] | None) -> list[str]
     return read_texts(calibration) if isinstance(calibration, str) else list(calibration)
 
 
-def _finish(source: str, folder: Path, model: object, stored: StoredConfig) -> None:
+def _finish(source: str, folder: Path, model: nn.Module, stored: StoredConfig) -> None:
     """Add tokenizer, generation settings and model card, and read every stored byte back once."""
     hf.save_companions(source, folder, model)
     reader = checkpoint.CheckpointReader(checkpoint.checkpoint_files(folder), stored)

@@ -17,13 +17,12 @@ from anybits.config import check_group_size, check_precisions
 from anybits.errors import AnybitsError
 from anybits.quantize import linalg
 from anybits.quantize.anyprecision import check_weight
-from anybits.quantize.linalg import least_squares
+from anybits.quantize.linalg import least_squares as least_squares
 from anybits.weight import AffineLevels, PlaneWeight, group_columns, group_count
 
-__all__ = ["Fit", "expand", "fit_base", "least_squares", "quantize_matrix"]
-
 # Weights fitted at once: the sorted values and their prefix sums, float64, should stay in cache.
-CHUNK = 1 << 18
+CHUNK = 1 << 19
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -99,6 +98,10 @@ class _Runs:
         return last[0] - first[0], last[1] - first[1]
 
 
+# Runs, coefficients `[q, R]` (scales, then the offset of the centred values) and squared error `[R]`.
+_Stage = tuple[_Runs, torch.Tensor, torch.Tensor]
+
+
 def _error(runs: _Runs, levels: torch.Tensor, starts: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """Return the squared error `[R]` of levels `[C, R]`; rounding may leave it a hair below zero."""
     mass, moment = runs.sums(starts, ends)
@@ -120,20 +123,19 @@ def _nearest(runs: _Runs, levels: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 
 def _greedy(runs: _Runs, precision: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return coefficients `[q, R]`, starts and ends of b_i = sign(r), a_i = mean |r|, r -= a_i b_i from the mean on."""
-    starts, ends = runs.starts, runs.ends
-    mass, moment = runs.sums(starts, ends)
+    mass, moment = runs.sums(runs.starts, runs.ends)
     total = mass[0].clamp_min(1e-200)
     offset = torch.zeros_like(moment) if runs.symmetric else moment / total
     levels, scales = offset, []
     for _ in range(precision):
-        cuts = replace(runs, starts=starts, ends=ends).cut(levels)
-        below, above = runs.sums(starts, cuts), runs.sums(cuts, ends)
+        cuts = runs.cut(levels)
+        below, above = runs.sums(runs.starts, cuts), runs.sums(cuts, runs.ends)
         scale = ((above[1] - levels * above[0]) - (below[1] - levels * below[0])).sum(0) / total
         scales.append(scale)
-        levels = torch.stack([levels - scale, levels + scale], 1).flatten(0, 1)
-        starts, ends = torch.stack([starts, cuts], 1).flatten(0, 1), torch.stack([cuts, ends], 1).flatten(0, 1)
+        levels, starts, ends = _children(runs, levels, scale)
+        runs = replace(runs, starts=starts, ends=ends)
     coefficients = torch.stack(scales) if runs.symmetric else torch.cat([torch.stack(scales), offset])
-    return coefficients, starts, ends
+    return coefficients, runs.starts, runs.ends
 
 
 def _descending(coefficients: torch.Tensor, precision: int) -> torch.Tensor:
@@ -218,9 +220,7 @@ def _stored(runs: _Runs, coefficients: torch.Tensor, precision: int, level_dtype
     return torch.cat([scales, offset])
 
 
-def _base(
-    runs: _Runs, precision: int, rounds: int, level_dtype: torch.dtype | None
-) -> tuple[_Runs, torch.Tensor, torch.Tensor]:
+def _base(runs: _Runs, precision: int, rounds: int, level_dtype: torch.dtype | None) -> _Stage:
     """Return the runs of the base codes, its coefficients `[q, R]` and its error `[R]`."""
     found = _stored(runs, _fit_runs(runs, precision, rounds), precision, level_dtype)
     levels = linalg.design(precision, runs.symmetric, found).T @ found
@@ -228,10 +228,9 @@ def _base(
     return replace(runs, starts=starts, ends=ends), found, _error(runs, levels, starts, ends)
 
 
-def _grow(
-    runs: _Runs, before: torch.Tensor, error: torch.Tensor, rounds: int, level_dtype: torch.dtype | None
-) -> tuple[_Runs, torch.Tensor, torch.Tensor]:
-    """Return runs, coefficients and error with one plane more than `before` `[q, R]` has; the error never rises."""
+def _grow(stage: _Stage, rounds: int, level_dtype: torch.dtype | None) -> _Stage:
+    """Return runs, coefficients and error with one plane more than the stage has; the error never rises."""
+    runs, before, error = stage
     grown, planes = _grow_runs(runs, rounds), runs.precision
     frozen = _stored(runs, grown[:-1], planes, level_dtype)
     scale = _stored(runs, grown[-1:].abs(), 1, level_dtype)
@@ -245,14 +244,11 @@ def _grow(
     return replace(runs, starts=starts, ends=ends), torch.cat([frozen[:planes], scale, frozen[planes:]]), found
 
 
-def _children(
-    runs: _Runs, levels: torch.Tensor, scale: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _children(runs: _Runs, levels: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Cut every run at its level: levels, starts and ends `[2C, R]` of what lies below, then above, of each."""
     cuts = runs.cut(levels)
     pairs = (levels - scale, levels + scale), (runs.starts, cuts), (cuts, runs.ends)
-    levels, starts, ends = (torch.stack(pair, 1).flatten(0, 1) for pair in pairs)
-    return levels, starts, ends
+    return tuple(torch.stack(pair, 1).flatten(0, 1) for pair in pairs)
 
 
 def _sorted_runs(
@@ -260,19 +256,16 @@ def _sorted_runs(
 ) -> tuple[_Runs, torch.Tensor]:
     """Sort groups `[R, g]` by value, or by code and value when `fit` has codes; return the runs and the order."""
     values = values.double()
-    rows, columns = values.shape
-    centre = values.new_zeros(rows)
-    if not symmetric:
-        centre = values.mean(1) if weights is None else linalg.mean(values, weights.double())
+    centre = values.mean(1) if weights is None else linalg.mean(values, weights.double())
+    centre = torch.zeros_like(centre) if symmetric else centre
     values = values - centre[:, None]
     low, high = values.amin(1), values.amax(1)
-    span, starts = torch.zeros_like(low), torch.zeros(1, rows, dtype=torch.int64, device=values.device)
-    ends = torch.full_like(starts, columns)
-    keys = values
+    span, starts = torch.zeros_like(low), torch.zeros(1, len(low), dtype=torch.int64, device=values.device)
+    keys, ends = values, torch.full_like(starts, values.shape[1])
     if fit is not None:
         span = torch.where(high > low, 2 * (high - low), 1.0)
         keys = values + fit.codes * span[:, None]
-        counts = starts.new_zeros(rows, 2 ** fit.scales.shape[1])
+        counts = starts.new_zeros(len(low), 2 ** fit.scales.shape[1])
         ends = counts.scatter_add_(1, fit.codes.long(), torch.ones_like(fit.codes, dtype=torch.int64)).cumsum(1).T
         starts = torch.cat([starts, ends[:-1]])
     keys, order = keys.sort(dim=1, stable=True)
@@ -281,11 +274,10 @@ def _sorted_runs(
     pad = torch.nn.functional.pad
     mass = None if weights is None else pad(weights.double().gather(1, order).cumsum(1), (1, 0))
     # A threshold just outside of the values keeps its meaning and stays clear of the next run's keys.
-    margin = torch.full_like(span, torch.inf) if fit is None else span / 4
-    square = (heavy * values).sum(1)
-    moment = pad(heavy.cumsum(1), (1, 0))
-    low, high = low - margin, high + margin
-    return _Runs(keys, span, low, high, mass, moment, square, starts, ends, centre, symmetric), order
+    margin = span.new_tensor(torch.inf) if fit is None else span / 4
+    moment, square = pad(heavy.cumsum(1), (1, 0)), (heavy * values).sum(1)
+    limits = low - margin, high + margin
+    return _Runs(keys, span, *limits, mass, moment, square, starts, ends, centre, symmetric), order
 
 
 def _codes(runs: _Runs, order: torch.Tensor) -> torch.Tensor:
@@ -298,15 +290,16 @@ def _codes(runs: _Runs, order: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(placed).scatter_(1, order, placed)
 
 
-def _levels(runs: _Runs, found: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (scales `[p, R]`, offsets `[R]`) of coefficients `[q, R]`."""
+def _levels(stage: _Stage) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (scales `[p, R]`, offsets `[R]`)."""
+    runs, found, _ = stage
     offsets = torch.zeros_like(runs.centre) if runs.symmetric else found[-1] + runs.centre
     return found[: runs.precision], offsets
 
 
-def _as_fit(runs: _Runs, found: torch.Tensor, error: torch.Tensor, order: torch.Tensor) -> Fit:
-    scales, offsets = _levels(runs, found)
-    return Fit(_codes(runs, order), scales.T.contiguous(), offsets, error.clamp_min(0))
+def _as_fit(stage: _Stage, order: torch.Tensor) -> Fit:
+    scales, offsets = _levels(stage)
+    return Fit(_codes(stage[0], order), scales.T.contiguous(), offsets, stage[2].clamp_min(0))
 
 
 def fit_base(
@@ -321,10 +314,10 @@ def fit_base(
 
     values: float `[R, g]`; weights >= 0 of the squared error, `[R, g]`, None for uniform. Levels are rounded to
     `level_dtype` before the last choice of codes, so every code is the nearest of the levels returned; scales
-    are not negative and descend (section 3.1 of the paper: alternating minimisation of |w - sum a_i b_i|^2).
+    are not negative and descend (the paper's alternating minimisation of |w - sum a_i b_i|^2).
     """
     runs, order = _sorted_runs(values, weights, symmetric)
-    return _as_fit(*_base(runs, precision, rounds, level_dtype), order)
+    return _as_fit(_base(runs, precision, rounds, level_dtype), order)
 
 
 def expand(
@@ -339,14 +332,14 @@ def expand(
 
     values, weights as in `fit_base`; `fit` may hold any codes, not only nearest ones. The new code is
     2 * code + bit, the new scale not negative, and the error never above that of `fit`'s levels
-    (section 3.2 of the paper, progressive precision expansion).
+    (the paper's progressive precision expansion).
     """
     runs, order = _sorted_runs(values, weights, symmetric, fit)
     before = fit.scales.double().T
     if not symmetric:
         before = torch.cat([before, (fit.offsets.double() - runs.centre)[None]])
     error = _error(runs, runs.design().T @ before, runs.starts, runs.ends)
-    return _as_fit(*_grow(runs, before, error, rounds, level_dtype), order)
+    return _as_fit(_grow((runs, before, error), rounds, level_dtype), order)
 
 
 def quantize_matrix(
@@ -360,14 +353,14 @@ def quantize_matrix(
     """Quantize one matrix to scaled sign planes shared by all precisions, from the weights alone.
 
     weight: float `[N, K]`; group_size: columns that share scales, a multiple of 32 or -1 for a row, the last group
-    of a row may be shorter. w ~ offset + sum_i scale_i b_i (eq. 1 of the paper) with scales and offsets of their
-    own for each precision. The squared error of a group under its stored levels never rises with the precision.
+    of a row may be shorter. w ~ offset + sum_i scale_i b_i, the paper's model, with scales and offsets of their own
+    for each precision. The squared error of a group under its stored levels never rises with the precision.
     Raises AnybitsError for values that are not finite and levels beyond `level_dtype`.
     """
     check_precisions(precisions)
     check_group_size(group_size)
     check_weight(weight)
-    rows, columns = weight.shape
+    weight, (rows, columns) = weight.detach(), weight.shape
     size, groups = group_columns(group_size, columns), group_count(group_size, columns)
     codes = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
     scales = {p: torch.empty(p, rows, groups, dtype=level_dtype, device=weight.device) for p in precisions}
@@ -381,29 +374,27 @@ def quantize_matrix(
             place = slice(r, r + step), slice(first * size, first * size + count * width)
             groups_of = slice(r, r + step), slice(first, first + count)
             values = weight[place].reshape(-1, width)
-            code, scale, offset = _fit_groups(values, precisions, symmetric, rounds, level_dtype)
+            code, fitted = _fit_groups(values, precisions, symmetric, rounds, level_dtype)
             codes[place] = code.view(-1, count * width)
             for p in precisions:
-                scales[p][:, *groups_of] = scale[p].view(p, -1, count)
-                offsets[p][groups_of] = offset[p].view(-1, count)
+                scales[p][:, *groups_of] = fitted[p][0].view(p, -1, count)
+                offsets[p][groups_of] = fitted[p][1].view(-1, count)
 
         linalg.for_each_chunk(fit, range(0, rows if count else 0, step), weight.device)
     if not all(bool(torch.isfinite(t).all()) for t in (*scales.values(), *offsets.values())):
         raise AnybitsError(f"the weights are too large for levels of {level_dtype}: choose a wider level dtype")
-    planes = bits.codes_to_planes(codes, precisions[-1])
-    return PlaneWeight(planes, columns, AffineLevels(group_size, scales, None if symmetric else offsets))
+    levels = AffineLevels(group_size, scales, None if symmetric else offsets)
+    return PlaneWeight(bits.codes_to_planes(codes, precisions[-1]), columns, levels)
 
 
 def _fit_groups(
     values: torch.Tensor, precisions: tuple[int, ...], symmetric: bool, rounds: int, level_dtype: torch.dtype
-) -> tuple[torch.Tensor, dict[int, torch.Tensor], dict[int, torch.Tensor]]:
-    """Return codes `[R, g]` of the top precision, and scales `[p, R]` and offsets `[R]` of every stored one."""
+) -> tuple[torch.Tensor, dict[int, tuple[torch.Tensor, torch.Tensor]]]:
+    """Return codes `[R, g]` of the top precision, and the scales `[p, R]` and offsets `[R]` of each from the base."""
     runs, order = _sorted_runs(values, None, symmetric)
-    first, top = precisions[0], precisions[-1]
-    runs, found, error = _base(runs, first, rounds, level_dtype)
-    scales, offsets = {}, {}
-    scales[first], offsets[first] = _levels(runs, found)
-    for p in range(first + 1, top + 1):
-        runs, found, error = _grow(runs, found, error, rounds, level_dtype)
-        scales[p], offsets[p] = _levels(runs, found)
-    return _codes(runs, order), scales, offsets
+    stage = _base(runs, precisions[0], rounds, level_dtype)
+    levels = {precisions[0]: _levels(stage)}
+    for p in range(precisions[0] + 1, precisions[-1] + 1):
+        stage = _grow(stage, rounds, level_dtype)
+        levels[p] = _levels(stage)
+    return _codes(stage[0], order), levels

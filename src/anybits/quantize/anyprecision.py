@@ -26,10 +26,10 @@ def quantize_matrix(
     """Quantize one matrix to codebooks that share bits.
 
     weight, sensitivity (diagonal Fisher, >= 0, None for uniform): float `[N, K]`. The seed min(precisions)
-    minimises sum_k s_k (w_k - c_code(k))^2 of each row exactly (section 3.2 and SqueezeLLM, arXiv 2306.07629);
-    each further bit splits every cluster by exact weighted 2-means (section 3.3, incremental upscaling).
-    A row without any sensitivity counts as uniform. Raises AnybitsError for values that are not finite,
-    sensitivities that do not fit, and centroids beyond `level_dtype`.
+    minimises sum_k s_k (w_k - c_code(k))^2 of each row exactly (section 3 of the paper; the objective is
+    SqueezeLLM's, arXiv 2306.07629); each further bit splits every cluster by exact weighted 2-means (incremental
+    upscaling). A row without any sensitivity counts as uniform. Raises AnybitsError for values that are not
+    finite, sensitivities that do not fit, and centroids beyond `level_dtype`.
     """
     check_precisions(precisions)
     check_weight(weight)
@@ -37,6 +37,7 @@ def quantize_matrix(
         _check_sensitivity(sensitivity, weight)
     rows, columns = weight.shape
     top = precisions[-1]
+    weight = weight.detach()
     codes = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
     levels = {p: torch.empty(rows, 2**p, dtype=level_dtype, device=weight.device) for p in precisions}
     step = max(1, CHUNK // columns)
@@ -64,9 +65,7 @@ def check_weight(weight: torch.Tensor) -> None:
 
 def _check_sensitivity(sensitivity: torch.Tensor, weight: torch.Tensor) -> None:
     if sensitivity.shape != weight.shape:
-        raise AnybitsError(
-            f"the sensitivity has shape {list(sensitivity.shape)} where {list(weight.shape)} is needed"
-        )
+        raise AnybitsError(f"the sensitivity has shape {list(sensitivity.shape)} where {list(weight.shape)} is needed")
     if not (torch.isfinite(sensitivity).all() and (sensitivity >= 0).all()):
         raise AnybitsError("the sensitivity must be finite and nowhere negative")
 

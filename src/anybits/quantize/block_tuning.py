@@ -58,7 +58,7 @@ def tune(
         with torch.enable_grad():
             output = runner(torch.where(from_float, x, q), dense(tuned, targets, precision, like))
             loss = (output - wanted[index]).square().mean() / scale
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return {name: _frozen(tuned[name], weights[name], precision) for name in weights}

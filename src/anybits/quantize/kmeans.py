@@ -60,7 +60,7 @@ def optimal_clusters(values: torch.Tensor, weights: torch.Tensor, clusters: int)
     values, weights >= 0: `[R, K]`, any order; cluster c of a row holds its sorted values boundaries[c] ...
     boundaries[c + 1] - 1. Clusters may be empty, surely so with fewer distinct values than clusters.
     Dynamic programming over D_c[i] = max_j D_{c-1}[j] + gain(j, i), whose best j never falls as i grows
-    (SqueezeLLM's objective, arXiv 2306.07629 eq. 5, solved exactly).
+    (SqueezeLLM's objective, arXiv 2306.07629, solved exactly).
     """
     values, order = values.sort(dim=1, stable=True)
     weights = weights.gather(1, order)

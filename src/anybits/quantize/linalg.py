@@ -1,4 +1,4 @@
-"""Least squares over sign planes, and many small positive definite systems at once with the batch last.
+"""Least squares over sign planes, many small positive definite systems at once, and chunks on cores.
 
 LAPACK is called once per matrix and costs microseconds each; here one elementwise operation eliminates
 the same entry of all matrices.
@@ -110,15 +110,21 @@ def for_each_chunk(work: Callable[[int], None], starts: Iterable[int], device: t
     A chunk is thousands of operations of microseconds: splitting each over cores costs more in barriers than it
     gains. So every chunk has one core to itself, which also makes its sums the same on every number of cores.
     """
-    threads = torch.get_num_threads()
+    threads, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
+
+    def run(start: int) -> None:
+        # Autograd's modes belong to a thread too: a worker takes over the caller's, and never records.
+        with torch.inference_mode(inference), torch.no_grad():
+            work(start)
+
     if device.type != "cpu":
         for start in starts:
-            work(start)
+            run(start)
         return
     try:
         # OpenMP's thread count belongs to the calling thread: the workers' does not touch the caller's.
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            list(pool.map(work, starts))
+            list(pool.map(run, starts))
     finally:
         # MKL's is global, so the workers changed it.
         torch.set_num_threads(threads)

@@ -1,0 +1,237 @@
+// Affine levels: y = sum over blocks of (sum_b scale_b * T_b) * s + offset * S, where T_b is the signed sum of
+// a block's activations under plane b. Four activations have 16 signed sums; a table of them, indexed by four
+// bits of a plane, replaces four additions by one lookup. An entry is a 16-bit number kept as two bytes,
+// 255 * high + low, because byte lookups are what every instruction set has.
+#pragma once
+
+#include "call.h"
+#include "convert.h"
+
+namespace {
+
+constexpr int WIDE_TABLE = 256, FAST_TABLE = 128;  // bytes of a step's tables: 8 of 16 entries, one or two bytes each
+constexpr float WIDE_LIMIT = 255.0f * 127.0f, FAST_LIMIT = 127.0f;
+
+template <class I>
+void load_x(const Call &c, int row, float *out, int64_t padded) {
+    const int64_t k = c.weight->shape.in_features;
+    const char *base = static_cast<const char *>(c.x) + row * c.x_stride * (c.dtype == AB_F32 ? 4 : 2);
+    if (c.dtype == AB_F32) {
+        memcpy(out, base, static_cast<size_t>(k) * 4);
+    } else if (c.dtype == AB_BF16) {
+        const uint16_t *p = reinterpret_cast<const uint16_t *>(base);
+        for (int64_t i = 0; i < k; i++) out[i] = bf16_to_float(p[i]);
+    } else {
+        I::load_f16(reinterpret_cast<const uint16_t *>(base), out, k);
+    }
+    for (int64_t i = k; i < padded; i++) out[i] = 0;
+}
+
+// The 16 signed sums of four activations as bytes; entry e has +x[i] where bit i of e is set.
+template <class I>
+inline void write_table(const float *x, float inverse, bool wide, uint8_t *high, uint8_t *low) {
+    alignas(64) int32_t h[16], l[16];
+    for (int e = 0; e < 16; e++) {
+        float v = (e & 1 ? x[0] : -x[0]) + (e & 2 ? x[1] : -x[1]);
+        v += (e & 4 ? x[2] : -x[2]) + (e & 8 ? x[3] : -x[3]);
+        v = __builtin_rintf(v * inverse);
+        const float top = wide ? __builtin_rintf(v * (1.0f / 255.0f)) : v;
+        h[e] = static_cast<int32_t>(top);
+        l[e] = static_cast<int32_t>(v - 255.0f * top);
+    }
+    for (int e = 0; e < 16; e++) high[e] = static_cast<uint8_t>(h[e] ^ I::TABLE_FLIP);
+    if (wide)
+        for (int e = 0; e < 16; e++) low[e] = static_cast<uint8_t>(l[e] ^ I::TABLE_FLIP);
+}
+
+// The largest signed sum of four neighbours decides the scale; `sum` is the exact sum of the block.
+inline float block_peak(const float *x, int64_t columns, float *sum) {
+    float peak = 0, total = 0;
+    for (int64_t i = 0; i < columns; i += 4) {
+        const float a = __builtin_fabsf(x[i]) + __builtin_fabsf(x[i + 1]);
+        const float b = __builtin_fabsf(x[i + 2]) + __builtin_fabsf(x[i + 3]);
+        peak = a + b > peak ? a + b : peak;
+        total += (x[i] + x[i + 1]) + (x[i + 2] + x[i + 3]);
+    }
+    *sum = total;
+    return peak;
+}
+
+template <class I>
+void affine_activations(const Call &c, int row, float *floats) {
+    const Header *h = c.weight;
+    const int64_t padded = h->steps * STEP;
+    const bool wide = !c.fast;
+    const int64_t table = wide ? WIDE_TABLE : FAST_TABLE;
+    load_x<I>(c, row, floats, padded);
+    uint8_t *out = c.tables + row * c.table_stride;
+    for (int64_t block = 0; block < h->blocks; block++) {
+        const int64_t first = block * h->block_columns;
+        const int64_t last = first + h->block_columns < padded ? first + h->block_columns : padded;
+        float sum;
+        const float peak = block_peak(floats + first, last - first, &sum);
+        const float limit = wide ? WIDE_LIMIT : FAST_LIMIT;
+        c.scales[row * c.scale_stride + block] = peak / limit;
+        c.sums[row * c.scale_stride + block] = sum;
+        const float inverse = peak > 0 ? limit / peak : 0;
+        for (int64_t k = first; k < last; k += STEP, out += table) {
+            for (int j = 0; j < 4; j++) {  // byte j of a word: low nibble, then high nibble
+                write_table<I>(floats + k + 8 * j, inverse, wide, out + 16 * j, out + 128 + 16 * j);
+                write_table<I>(floats + k + 8 * j + 4, inverse, wide, out + 64 + 16 * j, out + 192 + 16 * j);
+            }
+        }
+    }
+}
+
+// What the inner loop needs of the rows of x that go through it together.
+template <int MC>
+struct Chunk {
+    const uint8_t *tables[MC];
+    const float *scales[MC];
+    const float *sums[MC];
+    float *y[MC];  // [tile_rows] partial results
+};
+
+// Blocks first ... last - 1 of one tile for MC rows of x at one precision. STEPS is the steps of a block when
+// that is known, so that its tables can stay in registers from plane to plane; 0 otherwise.
+template <class I, int MC, bool WIDE, int DTYPE, int STEPS>
+void affine_tile(const Header *h, int precision, int64_t tile, int64_t first, int64_t last, const Chunk<MC> &chunk,
+                 int64_t prefetch) {
+    using F = typename I::F;
+    constexpr int FV = I::TILE / I::LANES;
+    constexpr int TABLE = WIDE ? WIDE_TABLE : FAST_TABLE;
+    const int64_t level_bytes = I::TILE * (DTYPE == AB_F32 ? 4 : 2), entries = affine_entries(h->shape, precision);
+    const int64_t block_steps = h->block_columns / STEP, step_bytes = I::TILE * 4;
+    const uint8_t *planes = plane_at(h, 0, tile), *levels = affine_levels_at(h, precision, tile);
+    F y[MC][FV];
+    for (int m = 0; m < MC; m++)
+        for (int f = 0; f < FV; f++) y[m][f] = I::load(chunk.y[m] + f * I::LANES);
+    for (int64_t block = first; block < last; block++) {
+        const int64_t step = block * block_steps;
+        const int steps = STEPS ? STEPS : static_cast<int>(h->steps - step < block_steps ? h->steps - step : block_steps);
+        const uint8_t *at = planes + step * step_bytes;
+        const uint8_t *level = levels + block / h->blocks_per_group * entries * level_bytes;
+        __builtin_prefetch(level + 512);
+        __builtin_prefetch(level + 576);
+        const uint8_t *tables[MC];
+        for (int m = 0; m < MC; m++) tables[m] = chunk.tables[m] + step * TABLE;
+        F z[MC][FV];
+        for (int m = 0; m < MC; m++)
+            for (int f = 0; f < FV; f++) z[m][f] = I::zero();
+        for (int b = 0; b < precision; b++, at += h->plane_stride, level += level_bytes) {
+            for (int64_t i = 0; i < steps * step_bytes; i += 64) __builtin_prefetch(at + prefetch + i);
+            F sums[MC][FV];
+            I::template lookup<MC, WIDE, STEPS>(at, steps, tables, sums);
+            for (int f = 0; f < FV; f++) {
+                const F scale = I::template level<DTYPE>(level, f);
+                for (int m = 0; m < MC; m++) z[m][f] = I::fma(scale, sums[m][f], z[m][f]);
+            }
+        }
+        for (int m = 0; m < MC; m++)
+            for (int f = 0; f < FV; f++) y[m][f] = I::fma(z[m][f], I::set1(chunk.scales[m][block]), y[m][f]);
+        if (!h->shape.has_offsets) continue;
+        for (int f = 0; f < FV; f++) {
+            const F offset = I::template level<DTYPE>(level, f);
+            for (int m = 0; m < MC; m++) y[m][f] = I::fma(offset, I::set1(chunk.sums[m][block]), y[m][f]);
+        }
+    }
+    for (int m = 0; m < MC; m++)
+        for (int f = 0; f < FV; f++) I::store(chunk.y[m] + f * I::LANES, y[m][f]);
+}
+
+template <class I>
+void store_rows(const Call &c, int row, int64_t column, const float *values, int64_t count) {
+    const int64_t at = row * c.weight->shape.out_features + column;
+    if (c.dtype == AB_F32) {
+        memcpy(static_cast<float *>(c.y) + at, values, static_cast<size_t>(count) * 4);
+    } else if (c.dtype == AB_BF16) {
+        uint16_t *y = static_cast<uint16_t *>(c.y) + at;
+        for (int64_t i = 0; i < count; i++) y[i] = float_to_bf16(values[i]);
+    } else {
+        I::store_f16(values, static_cast<uint16_t *>(c.y) + at, count);
+    }
+}
+
+// A piece of the work: tiles of one group, table blocks first ... last - 1, for all rows of x.
+struct Piece {
+    int64_t tile, tiles, first, last;
+    int64_t prefetch;
+};
+
+template <class I, int MC, bool WIDE, int DTYPE>
+void affine_chunk(const Call &c, const Segment &s, int position, const Piece &piece, float *scratch) {
+    const Header *h = c.weight;
+    for (int64_t t = 0; t < piece.tiles; t++) {
+        Chunk<MC> chunk;
+        for (int m = 0; m < MC; m++) {
+            const int row = c.order[position + m];
+            chunk.tables[m] = c.tables + row * c.table_stride;
+            chunk.scales[m] = c.scales + row * c.scale_stride;
+            chunk.sums[m] = c.sums + row * c.scale_stride;
+            chunk.y[m] = scratch + (t * c.rows + position + m) * I::TILE;
+        }
+        const int64_t tile = piece.tile + t;
+        const bool even = h->block_columns == TABLE_COLUMNS && h->steps % 4 == 0;
+        if (even)
+            affine_tile<I, MC, WIDE, DTYPE, 4>(h, s.precision, tile, piece.first, piece.last, chunk, piece.prefetch);
+        else
+            affine_tile<I, MC, WIDE, DTYPE, 0>(h, s.precision, tile, piece.first, piece.last, chunk, piece.prefetch);
+    }
+}
+
+template <class I, bool WIDE, int DTYPE>
+void affine_piece(const Call &c, Piece piece, float *scratch) {
+    for (int i = 0; i < c.segment_count; i++) {
+        const Segment &s = c.segments[i];
+        for (int done = 0; done < s.count;) {
+            const int left = s.count - done, position = s.first + done;
+            if (I::CHUNK >= 4 && left >= 4) {
+                affine_chunk<I, I::CHUNK >= 4 ? 4 : 1, WIDE, DTYPE>(c, s, position, piece, scratch);
+                done += 4;
+            } else if (I::CHUNK >= 2 && left >= 2) {
+                affine_chunk<I, I::CHUNK >= 2 ? 2 : 1, WIDE, DTYPE>(c, s, position, piece, scratch);
+                done += 2;
+            } else {
+                affine_chunk<I, 1, WIDE, DTYPE>(c, s, position, piece, scratch);
+                done += 1;
+            }
+            piece.prefetch = 0;  // the planes of this piece are in the cache from now on
+        }
+    }
+}
+
+constexpr int64_t STREAM_AHEAD = 2048;  // bytes of each plane that are fetched ahead
+constexpr int64_t PIECE_COLUMNS = 512;  // columns whose tables, for four rows of x, stay in the first-level cache
+
+template <class I, bool WIDE, int DTYPE>
+void affine_multiply(const Call &c, int64_t first, int64_t last, float *scratch) {
+    const Header *h = c.weight;
+    const bool streaming = c.segment_count == 1 && c.rows <= (I::CHUNK < 2 ? 1 : 2);
+    const int64_t group = streaming ? 1 : TILE_GROUP;
+    const int64_t at_once = streaming ? h->blocks : PIECE_COLUMNS / h->block_columns;
+    for (int64_t tile = first; tile < last; tile += group) {
+        const int64_t tiles = last - tile < group ? last - tile : group;
+        memset(scratch, 0, static_cast<size_t>(tiles * c.rows * I::TILE) * sizeof(float));
+        for (int64_t block = 0; block < h->blocks; block += at_once) {
+            const int64_t end = block + at_once < h->blocks ? block + at_once : h->blocks;
+            affine_piece<I, WIDE, DTYPE>(c, {tile, tiles, block, end, streaming ? STREAM_AHEAD : h->tile_bytes}, scratch);
+        }
+        for (int64_t t = 0; t < tiles; t++) {
+            const int64_t column = (tile + t) * I::TILE, n = h->shape.out_features;
+            const int64_t count = n - column < I::TILE ? n - column : I::TILE;
+            for (int p = 0; p < c.rows; p++)
+                store_rows<I>(c, c.order[p], column, scratch + (t * c.rows + p) * I::TILE, count);
+        }
+    }
+}
+
+template <class I, bool WIDE>
+void affine_by_dtype(const Call &c, int64_t first, int64_t last, float *scratch) {
+    switch (c.weight->shape.level_dtype) {
+        case AB_F16: return affine_multiply<I, WIDE, AB_F16>(c, first, last, scratch);
+        case AB_BF16: return affine_multiply<I, WIDE, AB_BF16>(c, first, last, scratch);
+        default: return affine_multiply<I, WIDE, AB_F32>(c, first, last, scratch);
+    }
+}
+
+}  // namespace

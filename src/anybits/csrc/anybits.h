@@ -1,0 +1,83 @@
+// The C interface of the CPU kernels: no torch, no C++ types, no state but a scratch buffer per thread.
+//
+// A weight lives in one "blob": a header, the planes repacked for one instruction set, and the levels of
+// each precision. The blob holds no pointers, so it is an ordinary byte tensor to its owner. Every entry
+// point checks the header and all shape arguments before it touches anything else.
+#ifndef ANYBITS_H
+#define ANYBITS_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum { AB_MAX_PLANES = 8, AB_MAX_ROWS = 64 };
+enum ab_dtype { AB_F32 = 0, AB_BF16 = 1, AB_F16 = 2 };
+enum ab_levels { AB_AFFINE = 0, AB_CODEBOOK = 1 };
+enum ab_isa { AB_PORTABLE = 0, AB_AVX2 = 1, AB_AVX512 = 2, AB_NEON = 3, AB_ISA_COUNT = 4 };
+
+enum ab_status {
+    AB_OK = 0,
+    AB_BAD_BLOB = 1,       // not a blob, of another version, or shorter than its header says
+    AB_BAD_ISA = 2,        // this machine cannot run the blob's instruction set
+    AB_BAD_SHAPE = 3,      // a shape argument is out of range or does not fit the blob
+    AB_BAD_PRECISION = 4,  // a precision that is not stored
+    AB_BAD_DTYPE = 5,
+    AB_NO_MEMORY = 6,
+};
+
+// What a matrix is, as far as its storage goes.
+typedef struct {
+    int32_t isa;             // ab_isa that will run it
+    int32_t levels;          // ab_levels
+    int32_t level_dtype;     // ab_dtype of scales and offsets (affine); centroids are always given as float
+    int32_t has_offsets;     // affine: 0 when symmetric
+    int64_t out_features;    // N
+    int64_t in_features;     // K
+    int64_t group_columns;   // affine: columns of a group, a multiple of 32 unless it is K itself
+    int32_t planes;          // P, 1 ... 8
+    uint32_t precisions;     // bit p is set when precision p is stored
+} ab_shape;
+
+// Bytes of the blob for `shape`, or -(ab_status) when the shape cannot be.
+int64_t ab_blob_bytes(const ab_shape *shape);
+
+// Write the header. `blob` is 64-byte aligned.
+int ab_blob_begin(void *blob, int64_t blob_bytes, const ab_shape *shape);
+
+// Repack plane `plane` from int32 words [N, ceil(K/32)] (contiguous).
+int ab_blob_plane(void *blob, int64_t blob_bytes, int plane, const int32_t *words, int threads);
+
+// Repack the levels of `precision`. Affine: scales [p, N, G] and offsets [N, G] (NULL when symmetric) in
+// level_dtype. Codebook: float32 centroids [N, 2**p] as `scales`, NULL as `offsets`.
+int ab_blob_levels(void *blob, int64_t blob_bytes, int precision, const void *scales, const void *offsets);
+
+// y [M, N] = x [M, K] * W_p^T; 1 <= M <= 64; rows of x are x_stride elements apart, y is contiguous.
+// row_precisions: NULL, or int32 [M] that overrides `precision` per row. fast: int8 instead of int16 tables.
+int ab_matmul(const void *blob, int64_t blob_bytes, const void *x, int dtype, int64_t rows, int64_t in_features,
+              int64_t x_stride, int precision, const int32_t *row_precisions, void *y, int fast, int threads);
+
+// Rows first ... first + count - 1 of W_p. Affine writes W_p^T as [K, count], codebook W_p as [count, K].
+// dtype: AB_F32 or AB_BF16. `first` is a multiple of ab_tile_rows.
+int ab_dequantize(const void *blob, int64_t blob_bytes, int precision, int64_t first, int64_t count, int dtype,
+                  void *out, int threads);
+
+// Rows that are interleaved in a blob of `isa`; 0 when this build has no such instruction set.
+int ab_tile_rows(int isa);
+
+// Whether this build and this machine run `isa`, and the best that they run.
+int ab_isa_usable(int isa);
+int ab_isa_best(void);
+
+// Bytes read per second by `threads` threads over `bytes` bytes at `memory`, in `seconds` of one pass.
+double ab_read_seconds(const void *memory, int64_t bytes, int threads);
+
+// Use the OpenMP runtime that is already loaded in this process; without one the kernels run on one thread.
+// Returns whether one was found.
+int ab_use_openmp(const char *library);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

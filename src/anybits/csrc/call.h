@@ -1,0 +1,50 @@
+// One multiplication as the kernels see it, and what an instruction set offers.
+#pragma once
+
+#include "blob.h"
+
+// Rows of x that share a precision: positions first ... first + count - 1 of Call::order.
+struct Segment {
+    int precision;
+    int first, count;
+};
+
+// Activations are kept by row of x, whatever precision the row runs at, so that the next layer that reads
+// the same x can use them again.
+struct Call {
+    const Header *weight;
+    const void *x;
+    int dtype;
+    int64_t x_stride;
+    int rows;
+    const int *order;  // position -> row of x and y, the highest precision first
+    const Segment *segments;
+    int segment_count;
+    void *y;
+    bool fast;
+    uint8_t *tables;  // affine: sums of 4 activations, looked up; codebook: the int16 activations
+    int64_t table_stride;
+    float *scales;  // one per table block and row
+    float *sums;    // affine: exact sum of a table block
+    int64_t scale_stride;
+};
+
+struct Kernels {
+    int tile_rows;  // rows interleaved in an affine tile
+    bool row_words;  // affine: a step holds each row's word; otherwise byte j of all rows, then byte j + 1
+    // Fill tables, scales and sums of one row of x. `floats` has room for K rounded up to 512.
+    void (*activations)(const Call &call, int row, float *floats);
+    // Affine tiles, or codebook tiles of 16 rows, first ... last - 1. `scratch` has scratch_floats().
+    void (*multiply)(const Call &call, int64_t first, int64_t last, float *scratch);
+    // Rows first ... first + count - 1 (whole tiles but for the last) of `planned` into `out`.
+    void (*dequantize)(const Header *weight, int precision, int64_t first, int64_t count, int64_t planned_first,
+                       int64_t planned, int dtype, void *out);
+};
+
+// Tiles that share one pass over a piece of the activations' tables when there are many rows of x.
+constexpr int TILE_GROUP = 16;
+
+const Kernels *kernels_portable();
+const Kernels *kernels_avx2();
+const Kernels *kernels_avx512();
+const Kernels *kernels_neon();

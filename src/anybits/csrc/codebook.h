@@ -1,0 +1,172 @@
+// Codebook levels: y = row_scale * sum over parts of s * sum_k centroid[code_k] * x_k with centroids and
+// activations as 14-bit integers. A span is 512 columns: 64 bytes of each plane, bit i of byte B standing for
+// column 64 * i + B, so that merging the planes' bits in registers yields 8 vectors of 64 codes in order.
+#pragma once
+
+#include "affine.h"
+
+namespace {
+
+constexpr int64_t PART = 128;           // columns that share an activation scale and one integer sum
+constexpr float PART_LIMIT = 16383.0f;  // 8 products of 14-bit numbers and a sign fit into 32 bits
+
+template <class I>
+void codebook_activations(const Call &c, int row, float *floats) {
+    const int64_t padded = c.weight->spans * SPAN;
+    load_x<I>(c, row, floats, padded);
+    int16_t *out = reinterpret_cast<int16_t *>(c.tables + row * c.table_stride);
+    for (int64_t part = 0; part < padded / PART; part++, out += PART) {
+        const float *x = floats + part * PART;
+        float peak = 0;
+        for (int i = 0; i < PART; i++) peak = __builtin_fabsf(x[i]) > peak ? __builtin_fabsf(x[i]) : peak;
+        c.scales[row * c.scale_stride + part] = peak / PART_LIMIT;
+        const float inverse = peak > 0 ? PART_LIMIT / peak : 0;
+        alignas(64) int16_t q[PART];
+        for (int i = 0; i < PART; i++) q[i] = static_cast<int16_t>(static_cast<int32_t>(__builtin_rintf(x[i] * inverse)));
+        for (int i = 0; i < PART; i += 64) I::reorder(q + i, out + i);
+    }
+}
+
+// Four vectors of two-bit fields from two planes, or of nibbles from three or four: result f holds the code of
+// bit f in the low nibble of each byte and that of bit f + 4 in the high nibble. planes[0] is the most
+// significant. For two planes the upper half of a nibble is left over from its neighbours.
+template <class I, int P>
+inline void merge_nibbles(const typename I::V *planes, typename I::V *u) {
+    using V = typename I::V;
+    const V m55 = I::bytes(0x55), m33 = I::bytes(0x33);
+    const V c0 = planes[P - 1], c1 = planes[P - 2];
+    const V even = I::select(m55, c0, I::template left<1>(c1)), odd = I::select(m55, I::template right<1>(c0), c1);
+    if constexpr (P == 2) {
+        u[0] = even, u[1] = odd, u[2] = I::template right<2>(even), u[3] = I::template right<2>(odd);
+    } else {
+        V high_even, high_odd;
+        if constexpr (P == 3) {
+            high_even = I::both(planes[0], m55), high_odd = I::both(I::template right<1>(planes[0]), m55);
+        } else {
+            const V c2 = planes[P - 3], c3 = planes[P - 4];
+            high_even = I::select(m55, c2, I::template left<1>(c3));
+            high_odd = I::select(m55, I::template right<1>(c2), c3);
+        }
+        u[0] = I::select(m33, even, I::template left<2>(high_even));
+        u[1] = I::select(m33, odd, I::template left<2>(high_odd));
+        u[2] = I::select(m33, I::template right<2>(even), high_even);
+        u[3] = I::select(m33, I::template right<2>(odd), high_odd);
+    }
+}
+
+// codes[i]: the code of bit i in each byte. Bits above the precision are left over when P < 4; a lookup takes
+// no more index bits than the precision has.
+template <class I, int P>
+inline void merge_codes(const typename I::V *planes, typename I::V *codes) {
+    using V = typename I::V;
+    if constexpr (P == 1) {
+        codes[0] = planes[0], codes[1] = I::template right<1>(planes[0]), codes[2] = I::template right<2>(planes[0]);
+        codes[3] = I::template right<3>(planes[0]), codes[4] = I::template right<4>(planes[0]);
+        codes[5] = I::template right<5>(planes[0]), codes[6] = I::template right<6>(planes[0]);
+        codes[7] = I::template right<7>(planes[0]);
+    } else if constexpr (P <= 4) {
+        merge_nibbles<I, P>(planes, codes);
+        for (int f = 0; f < 4; f++) codes[f + 4] = I::template right<4>(codes[f]);
+    } else {
+        const V m0f = I::bytes(0x0f);
+        V low[4], high[4];
+        merge_nibbles<I, 4>(planes + P - 4, low);
+        if constexpr (P == 5) {
+            const V m11 = I::bytes(0x11);
+            high[0] = I::both(planes[0], m11), high[1] = I::both(I::template right<1>(planes[0]), m11);
+            high[2] = I::both(I::template right<2>(planes[0]), m11);
+            high[3] = I::both(I::template right<3>(planes[0]), m11);
+        } else {
+            merge_nibbles<I, P == 5 ? 2 : P - 4>(planes, high);
+            if constexpr (P == 6)
+                for (int f = 0; f < 4; f++) high[f] = I::both(high[f], I::bytes(0x33));
+        }
+        for (int f = 0; f < 4; f++) {
+            codes[f] = I::select(m0f, low[f], I::template left<4>(high[f]));
+            codes[f + 4] = I::select(m0f, I::template right<4>(low[f]), high[f]);
+        }
+    }
+}
+
+// One output row for MC rows of x at precision P; results go to out[m * stride].
+template <class I, int P, int MC>
+void codebook_row(const Call &c, const int *rows, int64_t n, float *out, int64_t stride, int64_t prefetch) {
+    using V = typename I::V;
+    using F = typename I::F;
+    constexpr int PIECES = 64 / I::BYTES;
+    const Header *h = c.weight;
+    const uint8_t *plane = plane_at(h, 0, n);
+    const typename I::template Table<P> table(centroids_at(h, P, n));
+    const int16_t *x[MC];
+    const float *scales[MC];
+    F sums[MC];
+    for (int m = 0; m < MC; m++) {
+        x[m] = reinterpret_cast<const int16_t *>(c.tables + rows[m] * c.table_stride);
+        scales[m] = c.scales + rows[m] * c.scale_stride;
+        sums[m] = I::zero();
+    }
+    for (int64_t span = 0; span < h->spans; span++) {
+        for (int piece = 0; piece < PIECES; piece++) {
+            V planes[P], codes[8];
+            for (int b = 0; b < P; b++) {
+                const uint8_t *at = plane + b * h->plane_stride + span * 64 + piece * I::BYTES;
+                if (piece == 0) __builtin_prefetch(at + prefetch);
+                planes[b] = I::load_bytes(at);
+            }
+            merge_codes<I, P>(planes, codes);
+            for (int part = 0; part < 4; part++) {
+                typename I::Words w;  // centroids of the part's two bits, as int16
+                table.lookup(codes[2 * part], codes[2 * part + 1], w);
+                const int64_t at = span * SPAN + part * PART + piece * I::BYTES;
+                for (int m = 0; m < MC; m++)
+                    sums[m] = I::fma(I::dot(w, x[m] + at), I::set1(scales[m][span * 4 + part]), sums[m]);
+            }
+        }
+    }
+    const float row_scale = row_scales(h, P)[n];
+    for (int m = 0; m < MC; m++) out[m * stride] = I::total(sums[m]) * row_scale;
+}
+
+template <class I, int P>
+void codebook_segment(const Call &c, const Segment &s, int64_t first, int64_t count, float *scratch, int64_t prefetch) {
+    for (int64_t r = 0; r < count; r++) {
+        int64_t ahead = prefetch;
+        for (int done = 0; done < s.count; ahead = 0) {
+            const int left = s.count - done, *rows = c.order + s.first + done;
+            float *out = scratch + (s.first + done) * CODEBOOK_TILE + r;
+            if (I::CHUNK >= 4 && left >= 4) {
+                codebook_row<I, P, I::CHUNK >= 4 ? 4 : 1>(c, rows, first + r, out, CODEBOOK_TILE, ahead);
+                done += 4;
+            } else {
+                codebook_row<I, P, 1>(c, rows, first + r, out, CODEBOOK_TILE, ahead);
+                done += 1;
+            }
+        }
+    }
+}
+
+// Tiles are 16 output rows here: enough to write results in whole cache lines.
+template <class I>
+void codebook_multiply(const Call &c, int64_t first, int64_t last, float *scratch) {
+    const int64_t n = c.weight->shape.out_features;
+    for (int64_t tile = first; tile < last; tile++) {
+        const int64_t row = tile * CODEBOOK_TILE, count = n - row < CODEBOOK_TILE ? n - row : CODEBOOK_TILE;
+        for (int i = 0; i < c.segment_count; i++) {
+            const Segment &s = c.segments[i];
+            const int64_t prefetch = i == 0 ? STREAM_AHEAD : 0;
+            switch (s.precision) {
+                case 1: codebook_segment<I, 1>(c, s, row, count, scratch, prefetch); break;
+                case 2: codebook_segment<I, 2>(c, s, row, count, scratch, prefetch); break;
+                case 3: codebook_segment<I, 3>(c, s, row, count, scratch, prefetch); break;
+                case 4: codebook_segment<I, 4>(c, s, row, count, scratch, prefetch); break;
+                case 5: codebook_segment<I, 5>(c, s, row, count, scratch, prefetch); break;
+                case 6: codebook_segment<I, 6>(c, s, row, count, scratch, prefetch); break;
+                case 7: codebook_segment<I, 7>(c, s, row, count, scratch, prefetch); break;
+                default: codebook_segment<I, 8>(c, s, row, count, scratch, prefetch); break;
+            }
+        }
+        for (int p = 0; p < c.rows; p++) store_rows<I>(c, c.order[p], row, scratch + p * CODEBOOK_TILE, count);
+    }
+}
+
+}  // namespace

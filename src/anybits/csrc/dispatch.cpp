@@ -1,0 +1,227 @@
+// Which instruction set runs, what is checked before it does, and how the work is divided.
+#include "dispatch.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "threads.h"
+
+namespace {
+
+bool machine_runs(int isa) {
+    switch (isa) {
+        case AB_PORTABLE: return true;
+#if defined(__x86_64__)
+        case AB_AVX2: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+        case AB_AVX512:
+            return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                   __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
+#elif defined(__aarch64__)
+        case AB_NEON: return true;
+#endif
+        default: return false;
+    }
+}
+
+const Kernels *built(int isa) {
+    switch (isa) {
+        case AB_PORTABLE: return kernels_portable();
+#if defined(__x86_64__)
+        case AB_AVX2: return kernels_avx2();
+        case AB_AVX512: return kernels_avx512();
+#elif defined(__aarch64__)
+        case AB_NEON: return kernels_neon();
+#endif
+        default: return nullptr;
+    }
+}
+
+// Memory of one calling thread, kept between calls. `key` says what the tables in it were made from.
+struct Workspace {
+    char *memory = nullptr;
+    size_t size = 0;
+    struct Key {
+        int64_t x_bytes, k, block, rows;
+        int32_t isa, dtype, levels, fast;
+    } key = {};
+
+    ~Workspace() { free(memory); }
+
+    bool reserve(size_t bytes) {
+        if (bytes <= size) return true;
+        free(memory);
+        key = {};
+        memory = static_cast<char *>(aligned_alloc(4096, (bytes + 4095) / 4096 * 4096));
+        size = memory ? bytes : 0;
+        return memory != nullptr;
+    }
+};
+
+thread_local Workspace workspace;
+
+constexpr int64_t KEEP_X_BYTES = 256 << 10;  // activations up to this size are compared instead of tabulated again
+
+size_t lines(int64_t bytes) { return static_cast<size_t>(ceil_div(bytes, 64) * 64); }
+
+int64_t scratch_floats(const Call &c, const Kernels &k) {
+    return c.weight->shape.levels == AB_AFFINE ? int64_t{TILE_GROUP} * c.rows * k.tile_rows : c.rows * CODEBOOK_TILE;
+}
+
+// Highest precision first; rows of equal precision keep their order.
+int sort_rows(const int32_t *precisions, int precision, int rows, int *order, Segment *segments) {
+    int count = 0, placed = 0;
+    for (int p = AB_MAX_PLANES; p >= 1; p--) {
+        const int first = placed;
+        for (int r = 0; r < rows; r++)
+            if ((precisions ? precisions[r] : precision) == p) order[placed++] = r;
+        if (placed > first) segments[count++] = {p, first, placed - first};
+    }
+    return count;
+}
+
+struct Divided {
+    Call call;
+    const Kernels *kernels;
+    char *scratch;      // per thread: scratch of `multiply`, or the floats of `activations`
+    size_t per_thread;
+};
+
+void fill_tables(const Divided &d, int threads) {
+    const int rows = d.call.rows;
+    const bool worth = static_cast<int64_t>(rows) * d.call.weight->shape.in_features >= 16384;
+    parallel(worth ? (threads < rows ? threads : rows) : 1, [&](int part, int parts) {
+        float *floats = reinterpret_cast<float *>(d.scratch + part * d.per_thread);
+        for (int r = rows * part / parts; r < rows * (part + 1) / parts; r++) d.kernels->activations(d.call, r, floats);
+    });
+}
+
+void multiply(const Divided &d, int threads) {
+    const Header *h = d.call.weight;
+    const int64_t tiles = h->shape.levels == AB_AFFINE ? h->tiles : ceil_div(h->tiles, CODEBOOK_TILE);
+    const int useful = static_cast<int>(tiles < threads ? tiles : threads);
+    parallel(useful, [&](int part, int parts) {
+        float *scratch = reinterpret_cast<float *>(d.scratch + part * d.per_thread);
+        d.kernels->multiply(d.call, tiles * part / parts, tiles * (part + 1) / parts, scratch);
+    });
+}
+
+// The layers that read one input (query, key and value; gate and up) follow one another: when x holds the same
+// bytes as last time, its tables are still good. Comparing contents is safe where comparing addresses is not.
+bool same_x(const Call &c, int64_t row_bytes, const char *kept) {
+    const char *x = static_cast<const char *>(c.x);
+    const int64_t stride = c.x_stride * (c.dtype == AB_F32 ? 4 : 2);
+    for (int r = 0; r < c.rows; r++)
+        if (memcmp(kept + r * row_bytes, x + r * stride, static_cast<size_t>(row_bytes)) != 0) return false;
+    return true;
+}
+
+void keep_x(const Call &c, int64_t row_bytes, char *kept) {
+    const int64_t stride = c.x_stride * (c.dtype == AB_F32 ? 4 : 2);
+    for (int r = 0; r < c.rows; r++)
+        memcpy(kept + r * row_bytes, static_cast<const char *>(c.x) + r * stride, static_cast<size_t>(row_bytes));
+}
+
+int run(Call &c, const Kernels *kernels, int threads) {
+    const Header *h = c.weight;
+    const bool affine = h->shape.levels == AB_AFFINE;
+    // An odd number of lines between the tables of two rows of x, so that they do not share cache sets.
+    c.table_stride = (affine ? h->steps * (c.fast ? 128 : 256) : h->spans * SPAN * 2) + 64;
+    c.scale_stride = affine ? h->blocks : h->spans * 4;
+    const int64_t row_bytes = h->shape.in_features * (c.dtype == AB_F32 ? 4 : 2);
+    const int64_t x_bytes = row_bytes * c.rows, kept_bytes = x_bytes <= KEEP_X_BYTES ? x_bytes : 0;
+    const int64_t floats = h->spans * SPAN, scratch = scratch_floats(c, *kernels);
+    const size_t tables = lines(c.rows * c.table_stride), scales = lines(c.rows * c.scale_stride * 4);
+    const size_t per_thread = lines(4 * (scratch > floats ? scratch : floats)) + 64, kept = lines(kept_bytes);
+    if (!workspace.reserve(kept + tables + 2 * scales + per_thread * static_cast<size_t>(threads))) return AB_NO_MEMORY;
+    char *at = workspace.memory + kept;
+    c.tables = reinterpret_cast<uint8_t *>(at);
+    c.scales = reinterpret_cast<float *>(at + tables);
+    c.sums = reinterpret_cast<float *>(at + tables + scales);
+    const Divided d{c, kernels, at + tables + 2 * scales, per_thread};
+    Workspace::Key key;
+    memset(&key, 0, sizeof key);
+    key.x_bytes = x_bytes, key.k = h->shape.in_features, key.block = h->block_columns, key.rows = c.rows;
+    key.isa = h->shape.isa, key.dtype = c.dtype, key.levels = h->shape.levels, key.fast = c.fast;
+    const bool known = kept_bytes && !memcmp(&key, &workspace.key, sizeof key) && same_x(c, row_bytes, workspace.memory);
+    if (!known) {
+        workspace.key = {};
+        fill_tables(d, threads);
+        if (kept_bytes) {
+            keep_x(c, row_bytes, workspace.memory);
+            workspace.key = key;
+        }
+    }
+    multiply(d, threads);
+    return AB_OK;
+}
+
+int check_rows(const Header *h, int64_t rows, int precision, const int32_t *row_precisions) {
+    if (rows < 1 || rows > AB_MAX_ROWS) return AB_BAD_SHAPE;
+    if (!row_precisions) return stored(h, precision) ? AB_OK : AB_BAD_PRECISION;
+    for (int64_t r = 0; r < rows; r++)
+        if (!stored(h, row_precisions[r])) return AB_BAD_PRECISION;
+    return AB_OK;
+}
+
+}  // namespace
+
+const Kernels *kernels_of(int isa) { return machine_runs(isa) ? built(isa) : nullptr; }
+
+extern "C" int ab_tile_rows(int isa) {
+    const Kernels *k = built(isa);
+    return k ? k->tile_rows : 0;
+}
+
+extern "C" int ab_isa_usable(int isa) { return kernels_of(isa) != nullptr; }
+
+extern "C" int ab_isa_best(void) {
+    const int best_first[] = {AB_AVX512, AB_NEON, AB_AVX2};
+    for (int isa : best_first)
+        if (kernels_of(isa)) return isa;
+    return AB_PORTABLE;
+}
+
+extern "C" int ab_use_openmp(const char *library) { return threads_use(library); }
+
+extern "C" int ab_matmul(const void *blob, int64_t blob_bytes, const void *x, int dtype, int64_t rows, int64_t in_features,
+                         int64_t x_stride, int precision, const int32_t *row_precisions, void *y, int fast, int threads) {
+    int status = blob_check(blob, blob_bytes);
+    if (status != AB_OK) return status;
+    const Header *h = header_of(blob);
+    const Kernels *kernels = kernels_of(h->shape.isa);
+    if (!kernels) return AB_BAD_ISA;
+    if (dtype < AB_F32 || dtype > AB_F16) return AB_BAD_DTYPE;
+    if (in_features != h->shape.in_features || !x || !y) return AB_BAD_SHAPE;
+    status = check_rows(h, rows, precision, row_precisions);
+    if (status != AB_OK) return status;
+    int order[AB_MAX_ROWS];
+    Segment segments[AB_MAX_PLANES];
+    Call c = {};
+    c.weight = h, c.x = x, c.dtype = dtype, c.x_stride = x_stride, c.rows = static_cast<int>(rows), c.y = y;
+    c.fast = fast && h->shape.levels == AB_AFFINE;
+    c.segment_count = sort_rows(row_precisions, precision, c.rows, order, segments);
+    c.order = order, c.segments = segments;
+    return run(c, kernels, threads < 1 ? 1 : threads);
+}
+
+extern "C" int ab_dequantize(const void *blob, int64_t blob_bytes, int precision, int64_t first, int64_t count, int dtype,
+                             void *out, int threads) {
+    const int status = blob_check(blob, blob_bytes);
+    if (status != AB_OK) return status;
+    const Header *h = header_of(blob);
+    const Kernels *kernels = kernels_of(h->shape.isa);
+    if (!kernels) return AB_BAD_ISA;
+    if (dtype != AB_F32 && dtype != AB_BF16) return AB_BAD_DTYPE;
+    if (!stored(h, precision)) return AB_BAD_PRECISION;
+    if (!out || first < 0 || first % kernels->tile_rows || count < 1 || first + count > h->shape.out_features)
+        return AB_BAD_SHAPE;
+    const int64_t tiles = ceil_div(count, kernels->tile_rows);
+    parallel(static_cast<int>(tiles < threads ? tiles : threads), [&](int part, int parts) {
+        const int64_t begin = first + tiles * part / parts * kernels->tile_rows;
+        const int64_t end = first + tiles * (part + 1) / parts * kernels->tile_rows;
+        const int64_t last = end < first + count ? end : first + count;
+        if (begin < last) kernels->dequantize(h, precision, begin, last - begin, first, count, dtype, out);
+    });
+    return AB_OK;
+}

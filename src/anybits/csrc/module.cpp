@@ -1,0 +1,150 @@
+// The Python face of anybits.h: integers in, integers out, limited to the stable ABI so that one build serves
+// every Python from 3.11 on. Addresses come from tensors that the caller keeps alive during the call.
+#define Py_LIMITED_API 0x030B0000
+#include <Python.h>
+
+#include "anybits.h"
+
+namespace {
+
+// Reads `count` integers; None is 0. Returns false with an exception set.
+bool integers(PyObject *const *args, Py_ssize_t given, Py_ssize_t count, long long *out) {
+    if (given != count) {
+        PyErr_Format(PyExc_TypeError, "expected %zd arguments, got %zd", count, given);
+        return false;
+    }
+    for (Py_ssize_t i = 0; i < count; i++) {
+        out[i] = args[i] == Py_None ? 0 : PyLong_AsLongLong(args[i]);
+        if (out[i] == -1 && PyErr_Occurred()) return false;
+    }
+    return true;
+}
+
+template <class T>
+T *pointer(long long address) {
+    return reinterpret_cast<T *>(static_cast<intptr_t>(address));
+}
+
+ab_shape shape_of(const long long *v) {
+    ab_shape s;
+    s.isa = static_cast<int32_t>(v[0]), s.levels = static_cast<int32_t>(v[1]);
+    s.level_dtype = static_cast<int32_t>(v[2]), s.has_offsets = static_cast<int32_t>(v[3]);
+    s.out_features = v[4], s.in_features = v[5], s.group_columns = v[6];
+    s.planes = static_cast<int32_t>(v[7]), s.precisions = static_cast<uint32_t>(v[8]);
+    return s;
+}
+
+PyObject *blob_bytes(PyObject *, PyObject *const *args, Py_ssize_t given) {
+    long long v[9];
+    if (!integers(args, given, 9, v)) return nullptr;
+    const ab_shape s = shape_of(v);
+    return PyLong_FromLongLong(ab_blob_bytes(&s));
+}
+
+PyObject *blob_begin(PyObject *, PyObject *const *args, Py_ssize_t given) {
+    long long v[11];
+    if (!integers(args, given, 11, v)) return nullptr;
+    const ab_shape s = shape_of(v + 2);
+    return PyLong_FromLong(ab_blob_begin(pointer<void>(v[0]), v[1], &s));
+}
+
+PyObject *blob_plane(PyObject *, PyObject *const *args, Py_ssize_t given) {
+    long long v[5];
+    if (!integers(args, given, 5, v)) return nullptr;
+    int status;
+    Py_BEGIN_ALLOW_THREADS;
+    status = ab_blob_plane(pointer<void>(v[0]), v[1], static_cast<int>(v[2]), pointer<const int32_t>(v[3]),
+                           static_cast<int>(v[4]));
+    Py_END_ALLOW_THREADS;
+    return PyLong_FromLong(status);
+}
+
+PyObject *blob_levels(PyObject *, PyObject *const *args, Py_ssize_t given) {
+    long long v[5];
+    if (!integers(args, given, 5, v)) return nullptr;
+    int status;
+    Py_BEGIN_ALLOW_THREADS;
+    status = ab_blob_levels(pointer<void>(v[0]), v[1], static_cast<int>(v[2]), pointer<void>(v[3]), pointer<void>(v[4]));
+    Py_END_ALLOW_THREADS;
+    return PyLong_FromLong(status);
+}
+
+PyObject *matmul(PyObject *, PyObject *const *args, Py_ssize_t given) {
+    long long v[12];
+    if (!integers(args, given, 12, v)) return nullptr;
+    int status;
+    Py_BEGIN_ALLOW_THREADS;
+    status = ab_matmul(pointer<void>(v[0]), v[1], pointer<void>(v[2]), static_cast<int>(v[3]), v[4], v[5], v[6],
+                       static_cast<int>(v[7]), pointer<const int32_t>(v[8]), pointer<void>(v[9]), v[10] != 0,
+                       static_cast<int>(v[11]));
+    Py_END_ALLOW_THREADS;
+    return PyLong_FromLong(status);
+}
+
+PyObject *dequantize(PyObject *, PyObject *const *args, Py_ssize_t given) {
+    long long v[8];
+    if (!integers(args, given, 8, v)) return nullptr;
+    int status;
+    Py_BEGIN_ALLOW_THREADS;
+    status = ab_dequantize(pointer<void>(v[0]), v[1], static_cast<int>(v[2]), v[3], v[4], static_cast<int>(v[5]),
+                           pointer<void>(v[6]), static_cast<int>(v[7]));
+    Py_END_ALLOW_THREADS;
+    return PyLong_FromLong(status);
+}
+
+PyObject *read_seconds(PyObject *, PyObject *const *args, Py_ssize_t given) {
+    long long v[3];
+    if (!integers(args, given, 3, v)) return nullptr;
+    double seconds;
+    Py_BEGIN_ALLOW_THREADS;
+    seconds = ab_read_seconds(pointer<void>(v[0]), v[1], static_cast<int>(v[2]));
+    Py_END_ALLOW_THREADS;
+    return PyFloat_FromDouble(seconds);
+}
+
+PyObject *tile_rows(PyObject *, PyObject *const *args, Py_ssize_t given) {
+    long long v[1];
+    if (!integers(args, given, 1, v)) return nullptr;
+    return PyLong_FromLong(ab_tile_rows(static_cast<int>(v[0])));
+}
+
+PyObject *isa_usable(PyObject *, PyObject *const *args, Py_ssize_t given) {
+    long long v[1];
+    if (!integers(args, given, 1, v)) return nullptr;
+    return PyBool_FromLong(ab_isa_usable(static_cast<int>(v[0])));
+}
+
+PyObject *isa_best(PyObject *, PyObject *const *, Py_ssize_t) { return PyLong_FromLong(ab_isa_best()); }
+
+PyObject *use_openmp(PyObject *, PyObject *library) {
+    PyObject *encoded = PyUnicode_AsUTF8String(library);
+    if (!encoded) return nullptr;
+    const char *name = PyBytes_AsString(encoded);
+    const long found = name ? ab_use_openmp(name) : 0;
+    Py_DECREF(encoded);
+    return name ? PyBool_FromLong(found) : nullptr;
+}
+
+#define FAST(name, doc) {#name, reinterpret_cast<PyCFunction>(reinterpret_cast<void *>(name)), METH_FASTCALL, doc}
+
+PyMethodDef methods[] = {
+    FAST(blob_bytes, "Bytes of a blob, or minus a status."),
+    FAST(blob_begin, "Write the header of a blob."),
+    FAST(blob_plane, "Repack one plane."),
+    FAST(blob_levels, "Repack the levels of one precision."),
+    FAST(matmul, "y = x @ W_p.T; returns a status."),
+    FAST(dequantize, "Write rows of W_p; returns a status."),
+    FAST(read_seconds, "Seconds of one reading pass over memory."),
+    FAST(tile_rows, "Rows interleaved in a blob of an instruction set."),
+    FAST(isa_usable, "Whether this machine runs an instruction set."),
+    FAST(isa_best, "The best instruction set of this machine."),
+    {"use_openmp", use_openmp, METH_O, "Use the OpenMP runtime already loaded from this library."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cpu", "The CPU kernels of anybits.", -1, methods,
+                      nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__cpu(void) { return PyModule_Create(&module); }

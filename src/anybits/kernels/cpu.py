@@ -1,0 +1,345 @@
+"""The CPU backend: SIMD kernels that read p planes at precision p (csrc/, docs/kernels.md)."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from anybits.errors import AnybitsError
+from anybits.kernels import reference as _reference  # noqa: F401  (registered first: the last resort)
+from anybits.kernels.backend import register
+from anybits.weight import AffineLevels, PlaneWeight, check_precision, group_columns
+
+ISAS = ("portable", "avx2", "avx512", "neon")
+"""Instruction sets by the number that csrc/anybits.h gives them."""
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_AFFINE, _CODEBOOK = 0, 1
+_HUGE_PAGE = 2 << 20
+
+MAX_KERNEL_ROWS = 64
+"""Rows of x in one call of the kernel (AB_MAX_ROWS)."""
+
+DENSE_ROWS = {"affine": 24, "codebook": 24}
+"""Rows of x from which dequantizing slabs and torch's GEMM are faster than the kernel."""
+
+SLAB_BYTES = 4 << 20
+"""Bytes of one dequantized slab: it should still be in the cache when the GEMM reads it."""
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """A PlaneWeight repacked for one instruction set.
+
+    blob: uint8, self-describing (csrc/blob.h); tile: rows that are interleaved in it.
+    """
+
+    blob: torch.Tensor
+    out_features: int
+    in_features: int
+    precisions: tuple[int, ...]
+    affine: bool
+    tile: int
+
+
+@cache
+def _library() -> ModuleType | None:
+    """Return the extension module, sharing torch's thread pool; None when it was not built."""
+    try:
+        from anybits.kernels import _cpu
+    except ImportError:
+        return None
+    torch_folder = Path(torch.__file__).parent
+    shipped = [*torch_folder.glob("lib/lib*omp*"), *torch_folder.parent.glob("torch.libs/lib*omp*")]
+    names = ["libgomp.so.1", "libomp.so", "libiomp5.so", "libomp.dylib", *map(str, shipped)]
+    any(_cpu.use_openmp(name) for name in names)
+    return _cpu
+
+
+def _loaded() -> ModuleType:
+    library = _library()
+    assert library is not None, "unsupported() said that there is no library"
+    return library
+
+
+class CpuBackend:
+    """Multiplies straight from repacked planes.
+
+    isa: one of ISAS, or None for ANYBITS_CPU_ISA or else the best of this machine; fast: tables of int8
+    instead of int16 (affine levels; relative error about 1e-2 instead of 1e-4), None for ANYBITS_CPU_FAST.
+    """
+
+    name = "cpu"
+
+    def __init__(self, isa: str | None = None, fast: bool | None = None) -> None:
+        self._isa = isa
+        self._fast = fast
+
+    def unsupported(self, weight: PlaneWeight, device: torch.device) -> str | None:
+        """Return why not, or None: any PlaneWeight on a CPU, if the kernels were compiled at install."""
+        if device.type != "cpu":
+            return f"it runs on the CPU, not on {device.type}"
+        if _library() is None:
+            return "the CPU kernels were not compiled when anybits was installed (a C++17 compiler is needed)"
+        self._isa_number()
+        return None
+
+    def prepare(self, weight: PlaneWeight) -> PackedWeight:
+        """Return `weight` repacked plane after plane into 2 MiB pages; nothing in it refers to `weight`."""
+        library, isa = _loaded(), self._isa_number()
+        levels = weight.levels
+        scaled = levels if isinstance(levels, AffineLevels) else None
+        dtype = _common_dtype(weight)
+        shape = (
+            isa,
+            _CODEBOOK if scaled is None else _AFFINE,
+            _DTYPES[dtype],
+            int(scaled is not None and scaled.offsets is not None),
+            weight.out_features,
+            weight.in_features,
+            weight.in_features if scaled is None else group_columns(scaled.group_size, weight.in_features),
+            weight.max_precision,
+            sum(1 << p for p in weight.precisions),
+        )
+        size = library.blob_bytes(*shape)
+        if size < 0:
+            raise AnybitsError(f"this weight cannot be repacked for the CPU kernels (status {-size})")
+        blob = _allocate(size)
+        at = (blob.data_ptr(), size)
+        _check(library.blob_begin(*at, *shape))
+        for i in range(weight.max_precision):
+            plane = weight.planes[i].contiguous()
+            _check(library.blob_plane(*at, i, plane.data_ptr(), torch.get_num_threads()))
+        for p in weight.precisions:
+            tensors = [t.to(dtype).contiguous() for t in levels.tensors(p).values()]
+            offsets = tensors[1].data_ptr() if len(tensors) > 1 else None
+            _check(library.blob_levels(*at, p, tensors[0].data_ptr(), offsets))
+        tile = library.tile_rows(isa)
+        return PackedWeight(blob, weight.out_features, weight.in_features, weight.precisions, scaled is not None, tile)
+
+    def matmul(self, x: torch.Tensor, prepared: PackedWeight, precision: int | torch.Tensor) -> torch.Tensor:
+        """Return x `[M, K]` @ W_p.T as `[M, N]` in x's dtype (fp32, bf16 or fp16), accumulated in float32."""
+        rows = None if isinstance(precision, int) else precision
+        wanted = precision if isinstance(precision, int) else 0
+        fast = self._fast_tables()
+        if x.requires_grad and torch.is_grad_enabled():
+            return _Product.apply(x, prepared, wanted, rows, fast)
+        run = torch.ops.anybits.cpu_matmul if torch.compiler.is_compiling() or type(x) is not torch.Tensor else _matmul
+        return run(x, prepared.blob, prepared.out_features, wanted, rows, prepared.affine, fast)
+
+    def _fast_tables(self) -> bool:
+        return _fast_by_environment() if self._fast is None else self._fast
+
+    def _isa_number(self) -> int:
+        name = self._isa or os.environ.get("ANYBITS_CPU_ISA")
+        library = _loaded()
+        if not name:
+            return int(library.isa_best())
+        usable = [isa for i, isa in enumerate(ISAS) if library.isa_usable(i)]
+        if name not in usable:
+            raise AnybitsError(f"instruction set '{name}' does not run here: choose {' or '.join(usable)}")
+        return ISAS.index(name)
+
+
+@cache
+def _fast_by_environment() -> bool:
+    return os.environ.get("ANYBITS_CPU_FAST", "0") not in ("", "0")
+
+
+def _common_dtype(weight: PlaneWeight) -> torch.dtype:
+    """Return the dtype that all levels are kept in: their own when they agree, else float32."""
+    if not isinstance(weight.levels, AffineLevels):
+        return torch.float32
+    dtypes = {t.dtype for p in weight.precisions for t in weight.levels.tensors(p).values()}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+
+def _allocate(size: int) -> torch.Tensor:
+    """Return uint8 `[size]`, in 2 MiB pages where the system grants them: streaming runs a fifth faster."""
+    if size < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(size, dtype=torch.uint8)
+    memory = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    start = -whole.data_ptr() % _HUGE_PAGE
+    return whole[start : start + size]
+
+
+def _check(status: int) -> None:
+    if status:
+        raise AnybitsError(f"the CPU kernels refused a weight or its shape (status {status})")
+
+
+def _matmul(
+    x: torch.Tensor,
+    blob: torch.Tensor,
+    out_features: int,
+    precision: int,
+    rows: torch.Tensor | None,
+    affine: bool,
+    fast: bool,
+) -> torch.Tensor:
+    """The body of anybits::cpu_matmul."""
+    count, columns = x.shape
+    dtype = _DTYPES.get(x.dtype, -1)
+    if count >= DENSE_ROWS["affine" if affine else "codebook"] or dtype < 0 or count == 0:
+        return _dense(x, blob, out_features, precision, rows, affine)
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    if rows is not None:
+        rows = _checked_rows(rows, count)
+    y = torch.empty((count, out_features), dtype=x.dtype)
+    status = _loaded().matmul(
+        blob.data_ptr(),
+        blob.numel(),
+        x.data_ptr(),
+        dtype,
+        count,
+        columns,
+        x.stride(0),
+        precision,
+        None if rows is None else rows.data_ptr(),
+        y.data_ptr(),
+        fast,
+        torch.get_num_threads(),
+    )
+    if status:
+        _refuse(status, x, blob, precision, rows)
+    return y
+
+
+def _checked_rows(rows: torch.Tensor, count: int) -> torch.Tensor:
+    if rows.dtype != torch.int32 or rows.shape != (count,) or rows.device.type != "cpu":
+        raise AnybitsError(
+            f"precision of {count} rows must be int32 [{count}] on the CPU, "
+            f"got {rows.dtype} {list(rows.shape)} on {rows.device}"
+        )
+    return rows.contiguous()
+
+
+@dataclass(frozen=True)
+class _Header:
+    """The first fields of csrc/blob.h's Header that Python needs."""
+
+    isa: int
+    affine: bool
+    out_features: int
+    in_features: int
+    precisions: tuple[int, ...]
+
+
+def _header(blob: torch.Tensor) -> _Header:
+    if blob.numel() < 64:
+        raise AnybitsError(f"a packed weight of {blob.numel()} bytes cannot be one")
+    fields = struct.unpack("<Q4i3qiI", blob[:56].numpy().tobytes())
+    _, isa, levels, _, _, n, k, _, planes, mask = fields
+    return _Header(isa, levels == _AFFINE, n, k, tuple(p for p in range(1, planes + 1) if mask >> p & 1))
+
+
+def _refuse(status: int, x: torch.Tensor, blob: torch.Tensor, precision: int, rows: torch.Tensor | None) -> None:
+    """Raise the AnybitsError that says what the library found wrong."""
+    header = _header(blob)
+    for p in [precision] if rows is None else rows.unique().tolist():
+        check_precision(p, header.precisions)
+    if x.shape[1] != header.in_features:
+        raise AnybitsError(f"activations have {x.shape[1]} columns where the weight has {header.in_features}")
+    raise AnybitsError(f"the CPU kernels refused a packed weight of {blob.numel()} bytes (status {status})")
+
+
+def _dense(
+    x: torch.Tensor, blob: torch.Tensor, out_features: int, precision: int, rows: torch.Tensor | None, affine: bool
+) -> torch.Tensor:
+    """Dequantize slab after slab and multiply each with torch's GEMM, once per precision among the rows."""
+    header = _header(blob)
+    if x.shape[1] != header.in_features:
+        raise AnybitsError(f"activations have {x.shape[1]} columns where the weight has {header.in_features}")
+    y = x.new_empty(x.shape[0], out_features)
+    if rows is None:
+        _dense_into(y, x, blob, header, precision)
+        return y
+    rows = _checked_rows(rows, x.shape[0])
+    for p in rows.unique().tolist():
+        chosen = (rows == p).nonzero()[:, 0]
+        part = x.new_empty(chosen.numel(), out_features)
+        _dense_into(part, x[chosen], blob, header, p)
+        y[chosen] = part
+    return y
+
+
+def _dense_into(y: torch.Tensor, x: torch.Tensor, blob: torch.Tensor, header: _Header, precision: int) -> None:
+    check_precision(precision, header.precisions)
+    dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+    x = x.to(dtype)
+    k, n = header.in_features, header.out_features
+    tile = max(64, _loaded().tile_rows(header.isa))
+    count = max(tile, SLAB_BYTES // (k * dtype.itemsize) // tile * tile)
+    slab = torch.empty(k * min(count, n), dtype=dtype)
+    source, to = (blob.data_ptr(), blob.numel(), precision), (_DTYPES[dtype], slab.data_ptr(), torch.get_num_threads())
+    for first in range(0, n, count):
+        here = min(count, n - first)
+        _check(_loaded().dequantize(*source, first, here, *to))
+        flat = slab[: k * here]
+        w_t = flat.view(k, here) if header.affine else flat.view(here, k).t()
+        y[:, first : first + here] = x @ w_t
+
+
+def _dequantized(blob: torch.Tensor, header: _Header, precision: int) -> torch.Tensor:
+    """Return W_p.T as float32 `[K, N]`."""
+    flat = torch.empty(header.in_features * header.out_features)
+    where = (blob.data_ptr(), blob.numel(), precision, 0, header.out_features, _DTYPES[torch.float32])
+    _check(_loaded().dequantize(*where, flat.data_ptr(), torch.get_num_threads()))
+    if header.affine:
+        return flat.view(header.in_features, header.out_features)
+    return flat.view(header.out_features, header.in_features).t()
+
+
+class _Product(torch.autograd.Function):
+    """The kernel's product, differentiable in x: a model that runs outside no_grad still runs on the kernel."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, prepared: PackedWeight, precision: int, rows: torch.Tensor | None, fast: bool
+    ) -> torch.Tensor:
+        ctx.saved = prepared, precision, rows
+        return _matmul(x, prepared.blob, prepared.out_features, precision, rows, prepared.affine, fast)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        prepared, precision, rows = ctx.saved
+        gradient, header = gradients[0], _header(prepared.blob)
+        out = gradient.new_empty(gradient.shape[0], header.in_features)
+        for p in [precision] if rows is None else rows.unique().tolist():
+            chosen = slice(None) if rows is None else (rows == p).nonzero()[:, 0]
+            w_t = _dequantized(prepared.blob, header, p)
+            out[chosen] = (gradient[chosen].float() @ w_t.t()).to(out.dtype)
+        return out, None, None, None, None
+
+
+def _fake_matmul(
+    x: torch.Tensor,
+    blob: torch.Tensor,
+    out_features: int,
+    precision: int,
+    rows: torch.Tensor | None,
+    affine: bool,
+    fast: bool,
+) -> torch.Tensor:
+    return x.new_empty(x.shape[0], out_features)
+
+
+_operators = torch.library.Library("anybits", "FRAGMENT")
+_operators.define(
+    "cpu_matmul(Tensor x, Tensor blob, int out_features, int precision, Tensor? rows, bool affine, bool fast) -> Tensor"
+)
+_operators.impl("cpu_matmul", _matmul, "CPU")
+torch.library.register_fake("anybits::cpu_matmul", _fake_matmul, lib=_operators)
+
+register(CpuBackend())

@@ -1,0 +1,176 @@
+// Runs every instruction set of this machine over ragged shapes in buffers of exactly the right size, so that a
+// sanitizer sees any step outside, and compares with a plain double-precision product.
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <memory>
+#include <vector>
+
+#include "anybits.h"
+
+namespace {
+
+uint64_t state = 88172645463325252u;
+
+uint32_t random_bits() {
+    state ^= state << 13, state ^= state >> 7, state ^= state << 17;
+    return static_cast<uint32_t>(state >> 16);
+}
+
+float random_float() { return static_cast<float>(random_bits() & 0xffff) / 32768.0f - 1.0f; }
+
+int failures = 0;
+
+void expect(bool fine, const char *what, const ab_shape &s, int p, int rows) {
+    if (fine) return;
+    failures++;
+    printf("FAILED %s: isa %d levels %d [%ld, %ld] group %ld p %d rows %d\n", what, s.isa, s.levels,
+           static_cast<long>(s.out_features), static_cast<long>(s.in_features), static_cast<long>(s.group_columns), p, rows);
+}
+
+struct Weight {
+    ab_shape shape;
+    std::vector<int32_t> words;                 // [P, N, W]
+    std::vector<std::vector<float>> scales, offsets;  // by precision
+    void *blob;
+    int64_t bytes;
+
+    int64_t width() const { return (shape.in_features + 31) / 32; }
+    int64_t groups() const { return (shape.in_features + shape.group_columns - 1) / shape.group_columns; }
+    int bit(int b, int64_t n, int64_t k) const {
+        const int64_t row = (b * shape.out_features + n) * width();
+        return static_cast<uint32_t>(words[static_cast<size_t>(row + k / 32)]) >> (k % 32) & 1;
+    }
+    double value(int p, int64_t n, int64_t k) const {
+        const std::vector<float> &s = scales[static_cast<size_t>(p)];
+        if (shape.levels == AB_CODEBOOK) {
+            size_t code = 0;
+            for (int b = 0; b < p; b++) code = code << 1 | static_cast<size_t>(bit(b, n, k));
+            return s[(static_cast<size_t>(n) << p) + code];
+        }
+        const int64_t g = k / shape.group_columns;
+        double v = shape.has_offsets ? offsets[static_cast<size_t>(p)][static_cast<size_t>(n * groups() + g)] : 0;
+        for (int b = 0; b < p; b++)
+            v += (bit(b, n, k) ? 1 : -1) * s[static_cast<size_t>((b * shape.out_features + n) * groups() + g)];
+        return v;
+    }
+};
+
+Weight make(const ab_shape &shape) {
+    Weight w{shape, {}, {}, {}, nullptr, 0};
+    w.words.resize(static_cast<size_t>(shape.planes * shape.out_features * w.width()));
+    for (int32_t &word : w.words) word = static_cast<int32_t>(random_bits());
+    w.bytes = ab_blob_bytes(&shape);
+    w.blob = aligned_alloc(64, static_cast<size_t>(w.bytes));
+    memset(w.blob, 0xff, static_cast<size_t>(w.bytes));
+    ab_blob_begin(w.blob, w.bytes, &shape);
+    const int64_t plane = shape.out_features * w.width();
+    for (int b = 0; b < shape.planes; b++) ab_blob_plane(w.blob, w.bytes, b, w.words.data() + b * plane, 1);
+    w.scales.resize(9), w.offsets.resize(9);
+    for (int p = 1; p <= shape.planes; p++) {
+        const int64_t count = shape.levels == AB_CODEBOOK ? shape.out_features << p : p * shape.out_features * w.groups();
+        for (int64_t i = 0; i < count; i++) w.scales[static_cast<size_t>(p)].push_back(random_float());
+        for (int64_t i = 0; i < shape.out_features * w.groups(); i++) w.offsets[static_cast<size_t>(p)].push_back(random_float());
+        const float *offsets = shape.has_offsets ? w.offsets[static_cast<size_t>(p)].data() : nullptr;
+        expect(ab_blob_levels(w.blob, w.bytes, p, w.scales[static_cast<size_t>(p)].data(), offsets) == AB_OK, "levels", shape, p, 0);
+    }
+    return w;
+}
+
+void check_matmul(const Weight &w, int p, int rows, bool mixed, bool fast) {
+    const int64_t n = w.shape.out_features, k = w.shape.in_features;
+    const std::unique_ptr<float[]> x(new float[static_cast<size_t>(rows * k)]), y(new float[static_cast<size_t>(rows * n)]);
+    const std::unique_ptr<int32_t[]> each(new int32_t[static_cast<size_t>(rows)]);
+    for (int64_t i = 0; i < rows * k; i++) x[static_cast<size_t>(i)] = random_float();
+    for (int64_t i = 0; i < rows * n; i++) y[static_cast<size_t>(i)] = NAN;
+    for (int r = 0; r < rows; r++) each[static_cast<size_t>(r)] = mixed ? 1 + static_cast<int>(random_bits() % 8) : p;
+    const int status = ab_matmul(w.blob, w.bytes, x.get(), AB_F32, rows, k, k, p, mixed ? each.get() : nullptr, y.get(), fast, 1);
+    expect(status == AB_OK, "status", w.shape, p, rows);
+    double error = 0, norm = 0;
+    for (int r = 0; r < rows; r++)
+        for (int64_t i = 0; i < n; i++) {
+            double sum = 0, size = 0;
+            for (int64_t j = 0; j < k; j++) {
+                const double term = w.value(each[static_cast<size_t>(r)], i, j) * x[static_cast<size_t>(r * k + j)];
+                sum += term, size += term * term;
+            }
+            const double difference = y[static_cast<size_t>(r * n + i)] - sum;
+            error += difference * difference, norm += size;
+        }
+    const double rounding = 1e-4 * sqrt(static_cast<double>(rows * n * k));  // of 14-bit factors that are at most 1
+    expect(sqrt(error) < (fast ? 5e-2 : 4e-4) * sqrt(norm) + rounding, "product", w.shape, p, rows);
+}
+
+void check_dequantize(const Weight &w, int p) {
+    const int64_t n = w.shape.out_features, k = w.shape.in_features, tile = ab_tile_rows(w.shape.isa);
+    const int64_t first = n > tile ? tile : 0, count = n - first;
+    const std::unique_ptr<float[]> out(new float[static_cast<size_t>(count * k)]);
+    expect(ab_dequantize(w.blob, w.bytes, p, first, count, AB_F32, out.get(), 1) == AB_OK, "status", w.shape, p, 0);
+    double worst = 0;
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t j = 0; j < k; j++) {
+            const int64_t at = w.shape.levels == AB_AFFINE ? j * count + i : i * k + j;
+            const double difference = fabs(out[static_cast<size_t>(at)] - w.value(p, first + i, j));
+            worst = difference > worst || isnan(difference) ? difference : worst;
+        }
+    expect(worst < 1e-4, "dequantize", w.shape, p, 0);
+}
+
+// Arguments that do not fit are refused before anything is read.
+void check_refusals(const Weight &w) {
+    const int64_t n = w.shape.out_features, k = w.shape.in_features;
+    float x = 0, y = 0;
+    expect(ab_matmul(w.blob, w.bytes - 1, &x, AB_F32, 1, k, k, 2, nullptr, &y, 0, 1) == AB_BAD_BLOB, "short", w.shape, 2, 1);
+    expect(ab_matmul(w.blob, w.bytes, &x, AB_F32, 1, k + 1, k, 2, nullptr, &y, 0, 1) == AB_BAD_SHAPE, "k", w.shape, 2, 1);
+    expect(ab_matmul(w.blob, w.bytes, &x, AB_F32, 0, k, k, 2, nullptr, &y, 0, 1) == AB_BAD_SHAPE, "rows", w.shape, 2, 0);
+    expect(ab_matmul(w.blob, w.bytes, &x, AB_F32, 65, k, k, 2, nullptr, &y, 0, 1) == AB_BAD_SHAPE, "rows", w.shape, 2, 65);
+    expect(ab_matmul(w.blob, w.bytes, &x, 7, 1, k, k, 2, nullptr, &y, 0, 1) == AB_BAD_DTYPE, "dtype", w.shape, 2, 1);
+    const int32_t bad[] = {-1, 0, 9, 31, 1 << 30};
+    for (int32_t p : bad)
+        expect(ab_matmul(w.blob, w.bytes, &x, AB_F32, 1, k, k, 2, &p, &y, 0, 1) == AB_BAD_PRECISION, "precision", w.shape, p, 1);
+    expect(ab_dequantize(w.blob, w.bytes, 2, 0, n + 1, AB_F32, &y, 1) == AB_BAD_SHAPE, "count", w.shape, 2, 0);
+    expect(ab_dequantize(w.blob, w.bytes, 2, 1, 1, AB_F32, &y, 1) == AB_BAD_SHAPE || w.shape.levels == AB_CODEBOOK, "first", w.shape, 2, 0);
+    std::vector<char> copy(static_cast<char *>(w.blob), static_cast<char *>(w.blob) + w.bytes);
+    // Any change to magic or shape is refused, or leaves the layout as it is and is harmless: a row at most as
+    // long as whole words or spans allow.
+    std::vector<float> row(static_cast<size_t>(k + 512));
+    for (size_t byte = 0; byte < 64; byte++) {
+        char *at = copy.data() + byte, before = *at;
+        *at = static_cast<char>(before ^ 1 << (byte % 8));
+        ab_dequantize(copy.data(), w.bytes, 2, 0, 1, AB_F32, row.data(), 1);
+        *at = before;
+    }
+}
+
+void check_shape(const ab_shape &shape) {
+    const Weight w = make(shape);
+    for (int p = 1; p <= 8; p++) {
+        check_matmul(w, p, 1, false, false);
+        check_dequantize(w, p);
+    }
+    for (int rows = 2; rows <= 9; rows++) check_matmul(w, 3, rows, rows % 2 == 0, false);
+    if (shape.levels == AB_AFFINE) check_matmul(w, 4, 3, false, true);
+    check_refusals(w);
+    free(w.blob);
+}
+
+}  // namespace
+
+int main() {
+    const int64_t shapes[][3] = {{1, 1, 1}, {5, 40, 40}, {37, 512, 128}, {16, 100, 64}, {70, 1000, 128}, {33, 288, 96}, {3, 1056, 32}};
+    int ran = 0;
+    for (int isa = 0; isa < AB_ISA_COUNT; isa++) {
+        if (!ab_isa_usable(isa)) continue;
+        ran++;
+        for (const auto &s : shapes) {
+            for (int offsets = 0; offsets < 2; offsets++) check_shape({isa, AB_AFFINE, AB_F32, offsets, s[0], s[1], s[2], 8, 0x1fe});
+            check_shape({isa, AB_CODEBOOK, AB_F32, 0, s[0], s[1], s[1], 8, 0x1fe});
+        }
+    }
+    const ab_shape wrong = {AB_PORTABLE, AB_AFFINE, AB_F32, 0, 8, 64, 33, 2, 0x4};
+    if (ab_blob_bytes(&wrong) != -AB_BAD_SHAPE) failures++;
+    printf("%d instruction sets, %d failures\n", ran, failures);
+    return failures != 0;
+}

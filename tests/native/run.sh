@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Build the C++ test driver and run it: under sanitizers on this machine, or for 64-bit ARM under qemu.
+# Usage: tests/native/run.sh sanitize|arm
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+mode=${1:-sanitize}
+out=$(mktemp -d)
+trap 'rm -rf "$out"' EXIT
+common=(-std=c++17 -Isrc/anybits/csrc -fno-math-errno -fno-trapping-math -Wno-psabi)
+if [ "$mode" = arm ]; then
+    cxx=(aarch64-linux-gnu-g++ -O2 -static "${common[@]}")
+else
+    # Leaks of the per-thread buffer at exit are freed by its destructor; anything else is an error.
+    cxx=("${CXX:-g++}" -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all "${common[@]}")
+fi
+declare -A flags
+if [ "$mode" != arm ] && [ "$(uname -m)" = x86_64 ]; then
+    flags[isa_avx2]="-mavx2 -mfma -mf16c"
+    flags[isa_avx512]="-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512vnni"
+fi
+for source in blob dispatch threads isa_portable isa_avx2 isa_avx512 isa_neon; do
+    # shellcheck disable=SC2086
+    "${cxx[@]}" ${flags[$source]:-} -c "src/anybits/csrc/$source.cpp" -o "$out/$source.o" &
+done
+"${cxx[@]}" -c tests/native/driver.cpp -o "$out/driver.o"
+wait
+"${cxx[@]}" "$out"/*.o -o "$out/driver" -ldl
+if [ "$mode" = arm ]; then qemu-aarch64 "$out/driver"; else "$out/driver"; fi

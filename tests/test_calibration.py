@@ -1,0 +1,69 @@
+"""Texts, token windows, and the Fisher information against gradients taken one by one."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from anybits import AnybitsError
+from anybits.quantize.calibration import fisher, read_texts, sample_windows
+from anybits.quantize.targets import find_blocks, find_targets, target_patterns
+from conftest import tiny_model
+
+
+def test_texts_come_from_files(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("héllo")
+    assert read_texts(str(tmp_path / "a.txt")) == ["héllo"]
+    (tmp_path / "b.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(AnybitsError, match="is not UTF-8 text"):
+        read_texts(str(tmp_path / "b.txt"))
+    with pytest.raises(AnybitsError, match="does not exist"):
+        read_texts(str(tmp_path / "c.txt"))
+
+
+def test_windows_are_seeded_and_lie_in_the_text() -> None:
+    def windows(seed: int) -> torch.Tensor:
+        return sample_windows(["ab" * 50, "cd" * 50], lambda t: [ord(c) for c in t], 5, 16, seed, "x").tokens
+
+    assert windows(0).shape == (5, 16)
+    assert torch.equal(windows(0), windows(0))
+    assert not torch.equal(windows(0), windows(1))
+    joined = "ab" * 50 + "cd" * 50
+    for window in windows(3):
+        assert "".join(map(chr, window.tolist())) in joined
+    with pytest.raises(AnybitsError, match="x has 2 tokens, fewer than one calibration window of 16"):
+        sample_windows(["ab"], lambda t: [1, 2], 5, 16, 0, "x")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3-moe"])
+def test_fisher_is_the_sum_of_squared_gradients(architecture: str) -> None:
+    model = tiny_model(architecture)
+    model.config._experts_implementation = "eager"
+    tokens = torch.randint(3, 64, (3, 12), generator=torch.Generator().manual_seed(0))
+    _, blocks = find_blocks(model)
+    parameters = {
+        f"{i}.{t.parameter}": block.get_parameter(t.parameter)
+        for i, block in enumerate(blocks)
+        for t in find_targets(block)
+    }
+    found = fisher(model, tokens, parameters, lambda done, total: None)
+    expected = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    for window in tokens:
+        model.zero_grad()
+        model(input_ids=window[None], labels=window[None]).loss.backward()
+        for name, p in parameters.items():
+            if p.grad is not None:
+                expected[name] += p.grad.square()
+    for name in parameters:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-12)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_targets_are_linears_and_experts_but_no_routers() -> None:
+    moe = tiny_model("qwen3-moe")
+    patterns = target_patterns(moe)
+    assert "model.layers.*.mlp.experts.gate_up_proj" in patterns
+    assert "model.layers.*.self_attn.q_proj" in patterns
+    assert not [p for p in patterns if p.endswith("gate") or "lm_head" in p]
+    with pytest.raises(AnybitsError, match="no list of decoder blocks"):
+        find_blocks(torch.nn.Linear(2, 2))

@@ -1,0 +1,279 @@
+"""The CPU kernels against float64 `PlaneWeight.dequantize`: every instruction set, the same cases."""
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from anybits import bits
+from anybits.errors import AnybitsError
+from anybits.kernels import cpu
+from anybits.kernels.reference import ReferenceBackend
+from anybits.linear import PlaneLinear
+from anybits.precision import ModelPrecision
+from anybits.weight import AffineLevels, CodebookLevels, PlaneWeight, group_count
+
+ROOT = Path(__file__).parent.parent
+LIBRARY = cpu._library()
+ISAS = [isa for i, isa in enumerate(cpu.ISAS) if LIBRARY is not None and LIBRARY.isa_usable(i)]
+PRECISIONS = tuple(range(1, 9))
+# Relative L2 error, per dtype of x: what the kernel adds plus what rounding y to that dtype adds.
+TOLERANCE = {torch.float32: 2.5e-4, torch.bfloat16: 4e-3, torch.float16: 8e-4}
+FAST_TOLERANCE = 3e-2
+
+pytestmark = pytest.mark.skipif(LIBRARY is None, reason="the CPU kernels were not compiled")
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """Fill every torch.empty with NaN, and draw fresh inputs whose seed a failure shows."""
+    torch.use_deterministic_algorithms(True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    seed = int.from_bytes(os.urandom(4), "little")
+    torch.manual_seed(seed)
+    logging.getLogger(__name__).warning("seed %d", seed)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
+
+
+def random_planes(n, k):
+    """Every bit random, padding included."""
+    return torch.randint(-(2**31), 2**31 - 1, (8, n, bits.words(k)), dtype=torch.int32)
+
+
+def affine(n, k, group_size=128, symmetric=False, dtype=torch.float16):
+    groups = group_count(group_size, k)
+    scales = {p: (torch.rand(p, n, groups) * 0.1 + 0.01).to(dtype) for p in PRECISIONS}
+    offsets = None if symmetric else {p: (torch.randn(n, groups) * 0.05).to(dtype) for p in PRECISIONS}
+    return PlaneWeight(random_planes(n, k), k, AffineLevels(group_size, scales, offsets))
+
+
+def codebook(n, k):
+    return PlaneWeight(random_planes(n, k), k, CodebookLevels({p: torch.randn(n, 2**p).half() for p in PRECISIONS}))
+
+
+def error(y, x, weight, precision):
+    """Relative L2 error of y against float64."""
+    if isinstance(precision, int):
+        wanted = x.double() @ weight.dequantize(precision).double().t()
+    else:
+        dense = {p: weight.dequantize(p).double() for p in precision.tolist()}
+        wanted = torch.stack([dense[p] @ row for p, row in zip(precision.tolist(), x.double(), strict=True)])
+    return ((y.double() - wanted).norm() / wanted.norm()).item()
+
+
+CASES = {
+    "affine": lambda: affine(70, 512),
+    "affine ragged": lambda: affine(37, 1000),
+    "affine symmetric": lambda: affine(64, 384, symmetric=True),
+    "affine group 32": lambda: affine(45, 224, group_size=32),
+    "affine group 96": lambda: affine(33, 288, group_size=96),
+    "affine group 256": lambda: affine(40, 700, group_size=256),
+    "affine whole row": lambda: affine(50, 333, group_size=-1),
+    "affine bf16 levels": lambda: affine(48, 256, dtype=torch.bfloat16),
+    "affine fp32 levels": lambda: affine(48, 256, dtype=torch.float32),
+    "codebook": lambda: codebook(64, 512),
+    "codebook ragged": lambda: codebook(37, 1300),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("isa", ISAS)
+def test_products(isa, case):
+    weight = CASES[case]()
+    backend = cpu.CpuBackend(isa, fast=False)
+    packed = backend.prepare(weight)
+    for p in PRECISIONS:
+        for dtype, bound in TOLERANCE.items():
+            for rows in (1, 2 + p % 3, 7) if dtype == torch.float32 else (1 + p % 5,):
+                x = torch.randn(rows, weight.in_features).to(dtype)
+                y = backend.matmul(x, packed, p)
+                assert y.dtype == dtype
+                assert y.shape == (rows, weight.out_features)
+                assert error(y, x, weight, p) < bound, (p, dtype, rows)
+
+
+@pytest.mark.parametrize("case", ["affine ragged", "codebook ragged"])
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_row_count(isa, case):
+    weight = CASES[case]()
+    backend = cpu.CpuBackend(isa, fast=False)
+    packed = backend.prepare(weight)
+    for rows in (0, 1, 5, 16, 23, 24, 63, 64, 65, 200):
+        x = torch.randn(rows, weight.in_features)
+        assert backend.matmul(x, packed, 3).shape == (rows, weight.out_features)
+        if rows:
+            assert error(backend.matmul(x, packed, 3), x, weight, 3) < TOLERANCE[torch.float32], rows
+
+
+@pytest.mark.parametrize("case", ["affine", "affine ragged", "codebook ragged"])
+@pytest.mark.parametrize("isa", ISAS)
+def test_mixed_rows_equal_uniform_rows(isa, case):
+    weight = CASES[case]()
+    backend = cpu.CpuBackend(isa, fast=False)
+    packed = backend.prepare(weight)
+    for rows in (1, 4, 13, 70):
+        precision = torch.randint(1, 9, (rows,), dtype=torch.int32)
+        x = torch.randn(rows, weight.in_features)
+        y = backend.matmul(x, packed, precision)
+        assert error(y, x, weight, precision) < TOLERANCE[torch.float32]
+        same = backend.matmul(x, packed, torch.full((rows,), 4, dtype=torch.int32))
+        assert torch.equal(same, backend.matmul(x, packed, 4))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_realistic_width_keeps_the_promised_error(isa):
+    x = torch.randn(2, 4096)
+    x[torch.rand_like(x) < 0.005] *= 20  # outliers, as activations have them
+    for weight in (affine(64, 4096), codebook(64, 4096)):
+        backend = cpu.CpuBackend(isa, fast=False)
+        packed = backend.prepare(weight)
+        bound = 1e-4 if isinstance(weight.levels, AffineLevels) else 1e-3
+        for p in PRECISIONS:
+            assert error(backend.matmul(x, packed, p), x, weight, p) < bound, p
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_fast_tables(isa):
+    weight = affine(70, 1024)
+    backend = cpu.CpuBackend(isa, fast=True)
+    packed = backend.prepare(weight)
+    for rows in (1, 5):
+        x = torch.randn(rows, 1024)
+        assert 1e-5 < error(backend.matmul(x, packed, 4), x, weight, 4) < FAST_TOLERANCE
+
+
+@pytest.mark.parametrize("make", [affine, codebook])
+@pytest.mark.parametrize("isa", ISAS)
+def test_higher_planes_do_not_matter(isa, make):
+    weight = make(40, 416)
+    backend = cpu.CpuBackend(isa, fast=False)
+    x = torch.randn(3, 416)
+    first = backend.matmul(x, backend.prepare(weight), 3)
+    other = torch.cat([weight.planes[:3], random_planes(40, 416)[3:]])
+    assert torch.equal(first, backend.matmul(x, backend.prepare(PlaneWeight(other, 416, weight.levels)), 3))
+
+
+@pytest.mark.parametrize("make", [affine, codebook])
+@pytest.mark.parametrize("isa", ISAS)
+def test_ten_runs_are_bit_identical_on_any_thread_count(isa, make):
+    weight = make(200, 640)
+    backend = cpu.CpuBackend(isa, fast=False)
+    packed = backend.prepare(weight)
+    x = torch.randn(6, 640, dtype=torch.bfloat16)
+    runs = []
+    for i in range(10):
+        torch.set_num_threads(1 + i % 2)
+        backend.matmul(torch.randn(6, 640, dtype=torch.bfloat16), packed, 5)  # other tables in between
+        runs.append(backend.matmul(x, packed, 5))
+    assert all(torch.equal(runs[0], run) for run in runs)
+
+
+def test_changed_activations_are_seen():
+    weight, backend = affine(32, 256), cpu.CpuBackend(fast=False)
+    packed = backend.prepare(weight)
+    x = torch.randn(2, 256)
+    backend.matmul(x, packed, 4)
+    x[1, 255] += 1
+    assert error(backend.matmul(x, packed, 4), x, weight, 4) < TOLERANCE[torch.float32]
+    other = CASES["affine group 32"]()
+    x = torch.randn(1, 224)
+    wide = affine(20, 224)
+    backend.matmul(x, backend.prepare(wide), 2)
+    assert error(backend.matmul(x, backend.prepare(other), 2), x, other, 2) < TOLERANCE[torch.float32]
+
+
+def test_rows_of_a_wider_tensor():
+    weight, backend = codebook(20, 256), cpu.CpuBackend()
+    packed = backend.prepare(weight)
+    wide = torch.randn(4, 600)
+    for x in (wide[:, 100:356], wide[:, 0:512:2], wide[:1, 3:259].expand(3, 256)):
+        assert error(backend.matmul(x, packed, 4), x, weight, 4) < TOLERANCE[torch.float32]
+
+
+def test_bad_arguments_are_refused_in_one_sentence():
+    weight, backend = affine(32, 256), cpu.CpuBackend()
+    weight = PlaneWeight(weight.planes, 256, AffineLevels(128, {p: weight.levels.scales[p] for p in (2, 4)}))
+    packed = backend.prepare(weight)
+    x = torch.randn(2, 256)
+    for rows in (2, 100):
+        with pytest.raises(AnybitsError, match="precision 3 is not stored: choose one of 2, 4"):
+            backend.matmul(torch.randn(rows, 256), packed, 3)
+        with pytest.raises(AnybitsError, match="250 columns where the weight has 256"):
+            backend.matmul(torch.randn(rows, 250), packed, 2)
+        with pytest.raises(AnybitsError, match="precision -1 is not stored"):
+            backend.matmul(torch.randn(rows, 256), packed, torch.full((rows,), -1, dtype=torch.int32))
+    for wrong in (torch.tensor([2]), torch.tensor([2, 2]), torch.tensor([2, 2, 2], dtype=torch.int32)):
+        with pytest.raises(AnybitsError, match=r"must be int32 \[2\]"):
+            backend.matmul(x, packed, wrong)
+    torch.use_deterministic_algorithms(False)
+    for cut in (10, 100, packed.blob.numel() - 1):
+        short = cpu.PackedWeight(packed.blob[:cut].clone(), 32, 256, (2, 4), True, packed.tile)
+        with pytest.raises(AnybitsError, match="packed weight"):
+            backend.matmul(x, short, 2)
+
+
+def test_forced_instruction_set(monkeypatch):
+    weight = codebook(20, 64)
+    for isa in ISAS:
+        monkeypatch.setenv("ANYBITS_CPU_ISA", isa)
+        assert cpu._header(cpu.CpuBackend().prepare(weight).blob).isa == cpu.ISAS.index(isa)
+    monkeypatch.setenv("ANYBITS_CPU_ISA", "mmx")
+    with pytest.raises(AnybitsError, match="instruction set 'mmx' does not run here: choose portable"):
+        cpu.CpuBackend().prepare(weight)
+
+
+def test_operator_is_registered_for_torch_compile():
+    weight = affine(32, 256)
+    backend = cpu.CpuBackend(fast=False)
+    packed = backend.prepare(weight)
+    x = torch.randn(3, 256)
+    arguments = (x, packed.blob, 32, 4, None, True, False)
+    torch.library.opcheck(
+        torch.ops.anybits.cpu_matmul.default, arguments, test_utils=("test_schema", "test_faketensor")
+    )
+    compiled = torch.compile(lambda x: backend.matmul(x, packed, 4) * 2, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x), backend.matmul(x, packed, 4) * 2)
+
+
+def test_gradients_reach_the_activations():
+    for weight in (affine(32, 256), codebook(32, 256)):
+        backend = cpu.CpuBackend()
+        packed = backend.prepare(weight)
+        x = torch.randn(3, 256, requires_grad=True)
+        precision = torch.tensor([2, 4, 2], dtype=torch.int32)
+        for wanted in (3, precision):
+            mine = torch.autograd.grad(backend.matmul(x, packed, wanted).sum(), x)[0]
+            reference = torch.autograd.grad(ReferenceBackend().matmul(x, weight, wanted).sum(), x)[0]
+            torch.testing.assert_close(mine, reference, rtol=1e-3, atol=1e-3)
+
+
+def test_linear_layer_prefers_the_kernels():
+    weight = affine(40, 256)
+    layer = PlaneLinear(256, 40, 128, ModelPrecision(4))
+    layer.set_plane_weight(weight)
+    x = torch.randn(2, 3, 256)
+    assert error(layer(x).flatten(0, 1), x.flatten(0, 1), weight, 4) < TOLERANCE[torch.float32]
+    assert layer._backend.name == "cpu"
+
+
+def test_without_the_library_the_reference_runs(monkeypatch):
+    monkeypatch.setattr(cpu, "_library", lambda: None)
+    assert "not compiled" in cpu.CpuBackend().unsupported(affine(8, 32), torch.device("cpu"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the driver is built for Linux")
+def test_arm_kernels_under_emulation():
+    for tool in ("aarch64-linux-gnu-g++", "qemu-aarch64"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not installed")
+    done = subprocess.run([ROOT / "tests/native/run.sh", "arm"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 instruction sets, 0 failures" in done.stdout
