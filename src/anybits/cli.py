@@ -158,7 +158,7 @@ def serve(
     max_batch: Annotated[int, typer.Option(min=1, help="Requests that run at once.")] = 32,
     max_rows: Annotated[int, typer.Option(min=1, help="Tokens of one step: prompts come in pieces of this.")] = 512,
     max_queue: Annotated[
-        int | None, typer.Option(min=0, help="Requests that may wait; more get 429. Default: as max-batch.")
+        int | None, typer.Option(min=0, help="Requests that may wait; more get 429. Default: half of max-batch.")
     ] = None,
     max_model_len: Annotated[
         int | None, typer.Option(min=2, help="Tokens of prompt and answer together. Default: the model's.")

@@ -55,13 +55,41 @@ class Front:
     prompts: Prompts
     worker: Worker
     created: int
+    mailbox: Mailbox
+
+
+class Mailbox:
+    """Carries deltas from the worker's thread to the event loop, which is woken once a step, not once a token."""
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._letters: list[tuple[asyncio.Queue[tuple[int, Delta]], int, Delta]] = []
+
+    def open(self) -> None:
+        """Deliver to the loop that runs now."""
+        self._loop = asyncio.get_running_loop()
+
+    def put(self, to: asyncio.Queue[tuple[int, Delta]], index: int, delta: Delta) -> None:
+        """Keep a delta until the step is over."""
+        self._letters.append((to, index, delta))
+
+    def send(self) -> None:
+        """Hand over what was put; a loop that has closed has no more readers."""
+        letters, self._letters = self._letters, []
+        if letters and self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._deliver, letters)
+
+    @staticmethod
+    def _deliver(letters: list[tuple[asyncio.Queue[tuple[int, Delta]], int, Delta]]) -> None:
+        for to, index, delta in letters:
+            to.put_nowait((index, delta))
 
 
 class Conversation:
     """The jobs of one HTTP request, and the queue through which their deltas come from the worker's thread."""
 
     def __init__(self, front: Front, body: schema.GenerationRequest) -> None:
-        self._front, self._loop = front, asyncio.get_running_loop()
+        self._front = front
         self._queue: asyncio.Queue[tuple[int, Delta]] = asyncio.Queue()
         self.jobs: list[Job] = []
         self.choices: list[Choice] = []
@@ -76,8 +104,7 @@ class Conversation:
         self._front.worker.submit(self.jobs)
 
     def _deliver(self, index: int, delta: Delta) -> None:
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, delta))
+        self._front.mailbox.put(self._queue, index, delta)
 
     async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
         """Yield (choice, delta) until every choice has finished; raise RequestError when one could not."""
@@ -173,6 +200,8 @@ def create_app(front: Front, api_key: str | None = None, max_body_bytes: int = 4
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        front.mailbox.open()
+        front.worker.after_step = front.mailbox.send
         front.worker.start()
         yield
         await asyncio.to_thread(front.worker.close)
@@ -297,4 +326,4 @@ def serve(app: FastAPI, listener: socket.socket, drain_s: float) -> None:
 
 def make_front(worker: Worker, prompts: Prompts, served: Served) -> Front:
     """Return what `create_app` needs."""
-    return Front(served, prompts, worker, int(time.time()))
+    return Front(served, prompts, worker, int(time.time()), Mailbox())

@@ -63,8 +63,8 @@ def run(options: Options, started: Callable[[str], None]) -> None:
         DTYPES[options.dtype],
         _device(options.device),
     )
-    # A full queue delays a newcomer by about one batch: an accepted request takes at most twice its own time.
-    max_queue = options.max_batch if options.max_queue is None else options.max_queue
+    # A full queue delays a newcomer by about half a batch: an accepted request takes less than twice its own time.
+    max_queue = (options.max_batch + 1) // 2 if options.max_queue is None else options.max_queue
     policy = Policy(engine.precisions, Targets(options.target_tpot_ms, options.target_ttft_ms))
     served = Served(
         name=options.name or Path(options.model).resolve().name,

@@ -7,6 +7,9 @@ from collections.abc import Callable, Sequence
 CONTEXT = 5
 """Prompt tokens decoded along with the first new one: some tokenizers drop a leading space without them."""
 
+LONGEST = 8
+"""Tokens that may make up one character; what is still broken after more of them is not going to be whole."""
+
 
 class TextStream:
     """Turns tokens into text that may be sent at once."""
@@ -39,7 +42,8 @@ class TextStream:
 
     def _new_text(self) -> str:
         known, whole = self._known(), self._whole()
-        if len(whole) <= len(known) or whole.endswith("\ufffd"):  # a character is not complete yet
+        incomplete = whole.endswith("\ufffd") and len(self._tokens) - self._read <= LONGEST
+        if len(whole) <= len(known) or incomplete:
             return ""
         self._start, self._read = self._read, len(self._tokens)
         return whole[len(known) :]

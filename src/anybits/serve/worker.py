@@ -72,6 +72,8 @@ class Worker:
         self._lock = threading.Lock()
         self._inside = 0
         self._recent_s = 1.0
+        self.after_step: Callable[[], None] = lambda: None
+        """Called in the worker's thread when the deltas of a step have been delivered."""
         self.metrics = Metrics(engine.precisions, self._snapshot)
         self._thread = threading.Thread(target=self._run, name="anybits-engine", daemon=True)
 
@@ -118,6 +120,7 @@ class Worker:
                 for sequence in list(self._jobs):
                     if sequence not in self.engine.scheduler.waiting:
                         self._end(sequence, "error")
+                self.after_step()
 
     def _turn(self) -> None:
         started = time.monotonic()
@@ -126,6 +129,7 @@ class Worker:
         now = time.monotonic()
         for token in tokens:
             self._hand_out(token, now)
+        self.after_step()
         if tokens or not self.engine.idle:
             self.policy.observe(Load(now, now - started, self._oldest_wait(now)))
 
