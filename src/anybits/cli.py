@@ -168,8 +168,12 @@ def serve(
         float | None, typer.Option(min=0.001, help="auto: milliseconds that a token may take.")
     ] = None,
     target_ttft_ms: Annotated[float | None, typer.Option(min=0.001, help="auto: milliseconds to the first.")] = None,
-    timeout: Annotated[float, typer.Option(min=0.001, help="Seconds that one request may take.")] = 600.0,
-    drain: Annotated[float, typer.Option(min=1, help="Seconds to finish open requests after SIGTERM.")] = 60.0,
+    timeout_s: Annotated[
+        float, typer.Option("--timeout", min=0.001, help="Seconds that one request may take.")
+    ] = 600.0,
+    drain_s: Annotated[
+        float, typer.Option("--drain", min=1, help="Seconds to finish open requests after SIGTERM.")
+    ] = 60.0,
     max_body_mb: Annotated[float, typer.Option(min=0.001, help="Size of one request's body.")] = 4.0,
     chat_template: Annotated[Path | None, typer.Option(help="Jinja file to use instead of the model's.")] = None,
     dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
@@ -179,6 +183,7 @@ def serve(
 
     Example: `anybits serve llama-any --port 8000 --precision auto --target-tpot-ms 50`
     """
+    chosen = dict(locals())  # the parameters are named like the fields of Options
     import importlib.util
     import logging
 
@@ -188,28 +193,7 @@ def serve(
     from anybits.serve.launch import Options, run
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    options = Options(
-        model=model,
-        host=host,
-        port=port,
-        name=name,
-        precision=precision,
-        api_key=api_key,
-        max_batch=max_batch,
-        max_rows=max_rows,
-        max_queue=max_queue,
-        max_model_len=max_model_len,
-        kv_cache_gb=kv_cache_gb,
-        target_tpot_ms=target_tpot_ms,
-        target_ttft_ms=target_ttft_ms,
-        timeout_s=timeout,
-        drain_s=drain,
-        max_body_mb=max_body_mb,
-        chat_template=chat_template,
-        dtype=dtype,
-        device=device,
-    )
-    run(options, lambda url: console.print(f"serving {model} at {url}", highlight=False, soft_wrap=True))
+    run(Options(**chosen), lambda url: console.print(f"serving {model} at {url}", highlight=False, soft_wrap=True))
 
 
 @app.command(rich_help_panel="Main")

@@ -8,9 +8,9 @@ from contextvars import ContextVar
 from typing import Any, Protocol
 
 import torch
-from transformers import AttentionInterface, PreTrainedModel
 
 from anybits.errors import AnybitsError
+from anybits.integrations import transformers as hf
 
 NAME = "anybits_packed"
 LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -69,10 +69,10 @@ def _forward(
     return out[None], None
 
 
-AttentionInterface.register(NAME, _forward)
+hf.register_attention(NAME, _forward)
 
 
-def use_packed_attention(model: PreTrainedModel) -> None:
+def use_packed_attention(model: Any) -> None:
     """Switch `model` to packed attention; raise AnybitsError when its architecture keeps other state than KV."""
     config = model.config.get_text_config()
     other = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES
