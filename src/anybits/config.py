@@ -149,7 +149,7 @@ class DataAware:
     codebook_iterations: conjugate-gradient steps of a centroid refit; correction: share of the shift of
     a layer's target that makes up for the layers before it; damping: added to the Hessian's diagonal, relative
     to its mean; column_order: given or energy; precision_weights: what each precision's relative error counts
-    (empty: equal); sequential: layers of a block see their predecessors quantized; exhaustive, beam: of the search.
+    (empty: equal); balance: 1 weighs relative errors, 0 absolute ones; sequential: layers of a block see their predecessors quantized; exhaustive, beam: of the search.
     """
 
     feedback: bool = True
@@ -160,6 +160,7 @@ class DataAware:
     damping: float = 0.01
     column_order: str = "given"
     precision_weights: tuple[float, ...] = ()
+    balance: float = 1.0
     sequential: bool = True
     exhaustive: int = 32
     beam: int = 6
@@ -171,8 +172,8 @@ class DataAware:
             value = getattr(self, name)
             if not isinstance(value, int) or value < (1 if name in ("exhaustive", "beam") else 0):
                 raise AnybitsError(f"{name} is {value}: it must be a whole number and not negative")
-        if not 0 < self.damping < 10 or not 0 <= self.correction <= 1:
-            raise AnybitsError("damping must lie between 0 and 10, correction between 0 and 1")
+        if not 0 < self.damping < 10 or not 0 <= self.correction <= 1 or not 0 <= self.balance <= 1:
+            raise AnybitsError("damping must lie between 0 and 10, correction and balance between 0 and 1")
         if any(not w > 0 for w in self.precision_weights):
             raise AnybitsError(f"precision weights {list(self.precision_weights)} must be positive")
 

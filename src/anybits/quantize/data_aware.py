@@ -69,7 +69,7 @@ def _improve_rows(
     state = _search(before.copy(), targets, stated, columns, search, settings)
     after = _finished(state)
     fallback = before.copy()
-    _refit(fallback, targets, stated, settings)
+    _refit(fallback, targets, stated)
     fallback = _finished(fallback)
     limit = _losses(before, targets, stated)
     # Rounded levels can be a hair worse than data-free ones where those are already the best there are.
@@ -88,16 +88,15 @@ def _search(
         pivots = stated.factors.diagonal(dim1=1, dim2=2).square()[:, :, None]
         expected = ((state.levels - targets).square() / pivots).sum(1)
         state.codes, state.levels = feedback_pass(
-            targets, stated.factors, shares / expected.clamp_min(TINY), state.family.tables, group_of, search
+            targets, stated.factors, _weights(expected, shares, settings), state.family.tables, group_of, search
         )
-    _refit(state, targets, stated, settings)
+    _refit(state, targets, stated)
     for _ in range(settings.descents):
-        # Relative errors count: their product falls, and no precision is starved by another's larger error.
-        weights = shares / _losses(state, targets, stated).clamp_min(TINY)
+        weights = _weights(_losses(state, targets, stated), shares, settings)
         errors = state.levels - targets
         tables = state.family.tables
         descent_pass(errors, stated.hessians, weights, state.codes, state.levels, tables, group_of, search)
-        _refit(state, targets, stated, settings)
+        _refit(state, targets, stated)
     return state
 
 
@@ -109,8 +108,17 @@ def _shares(settings: DataAware, precisions: tuple[int, ...], like: torch.Tensor
     return torch.tensor(given, dtype=like.dtype, device=like.device)[:, None]
 
 
-def _refit(state: _State, targets: torch.Tensor, stated: Problem, settings: DataAware) -> None:
-    if settings.refit_sweeps:
+def _weights(losses: torch.Tensor, shares: torch.Tensor, settings: DataAware) -> torch.Tensor:
+    """Return what a unit of each precision's error costs `[P, N]`.
+
+    At balance 1 relative errors count, the sum of their logarithms falls, and no precision is starved by
+    another's larger error; at balance 0 absolute errors count, which are the coarsest precision's.
+    """
+    return shares / losses.clamp_min(TINY).pow(settings.balance)
+
+
+def _refit(state: _State, targets: torch.Tensor, stated: Problem) -> None:
+    if state.family.effort:
         for i in range(len(targets)):
             errors = state.levels[i] - targets[i]
             state.family.refit(i, errors, stated.hessians[i], state.codes)

@@ -43,7 +43,7 @@ def affine(
     normals: list[torch.Tensor] = []
     for sweep in range(sweeps):
         for g, part in enumerate(bounds):
-            basis = signs_of(codes[part], precision, top, offset)
+            basis = signs_of(codes[part], precision, top, offset).to(errors.dtype)
             if sweep == 0:
                 normals.append(_normal(basis, hessian[part, part]))
             gradient = (basis * (hessian[part] @ errors)).sum(1)
