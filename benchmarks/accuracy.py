@@ -100,7 +100,9 @@ def uniform(job: Job, settings: DataAware | None) -> Dense:
         for index, block in enumerate(blocks):
             runner = BlockRunner(block, inputs.arguments[index])
             targets = find_targets(block)
-            found = {t.module: nearest(matrix(block.get_parameter(t.parameter)), p, job.recipe.group_size) for t in targets}
+            found = {
+                t.module: nearest(matrix(block.get_parameter(t.parameter)), p, job.recipe.group_size) for t in targets
+            }
             if settings is not None:
                 found = layerwise.improve_block(runner, targets, found, float_path, {p: path}, settings)
             replaced = {t.parameter: found[t.module].dequantize(p) for t in targets}

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +19,7 @@ from anybits.quantize.hessian import Moments, collect, layout, problem, stages
 from anybits.quantize.nested_codes import BATCH, Search, choose, descent_pass, feedback_pass
 from anybits.quantize.targets import find_blocks, find_targets
 from anybits.weight import PlaneWeight
+from conftest import tiny_model
 
 OFF = DataAware(feedback=False, descents=0, refit_sweeps=0, codebook_iterations=0, correction=0.0)
 WIDE = 1 << 8
@@ -160,7 +160,7 @@ def test_refits_over_groups_never_raise_the_error() -> None:
 
 
 def test_the_codebook_refit_reaches_the_normal_equations() -> None:
-    columns, rows, p = 40, 5, 2
+    columns, rows = 40, 5
     hessian = moment(columns, 1)[0] / 200 + 0.1 * torch.eye(columns)
     codes = torch.randint(0, 3, (columns, rows), generator=torch.Generator().manual_seed(0))
     target, centroids = rand(columns, rows, seed=8), torch.full((4, rows), 7.0, dtype=torch.float64)
@@ -208,7 +208,9 @@ def row_losses(weight: PlaneWeight, original: torch.Tensor, moments: Moments, ch
     cross=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_no_row_gets_worse_at_any_precision(rows, columns, size, symmetric, method, precisions, order, cross, seed) -> None:
+def test_no_row_gets_worse_at_any_precision(
+    rows, columns, size, symmetric, method, precisions, order, cross, seed
+) -> None:
     weight = rand(rows, columns, seed=seed, dtype=torch.float32)
     start = start_of(weight, method, precisions, size, symmetric)
     hessian = moment(columns, len(precisions), seed).float()

@@ -149,14 +149,15 @@ class DataAware:
     codebook_iterations: conjugate-gradient steps of a centroid refit; correction: share of the shift of
     a layer's target that makes up for the layers before it; damping: added to the Hessian's diagonal, relative
     to its mean; column_order: given or energy; precision_weights: what each precision's relative error counts
-    (empty: equal); balance: 1 weighs relative errors, 0 absolute ones; sequential: layers of a block see their predecessors quantized; exhaustive, beam: of the search.
+    (empty: equal); balance: 1 weighs relative errors, 0 absolute ones; sequential: layers of a block see their
+    predecessors quantized; exhaustive, beam: of the search (nested_codes.Search).
     """
 
     feedback: bool = True
     descents: int = 2
     refit_sweeps: int = 2
     codebook_iterations: int = 8
-    correction: float = 1.0
+    correction: float = 0.5
     damping: float = 0.01
     column_order: str = "given"
     precision_weights: tuple[float, ...] = ()
@@ -187,8 +188,8 @@ class Recipe:
     """How to quantize: everything that, with the model and the text, determines the stored bytes.
 
     Token counts are `samples` sequences of `seq_len`; `rounds` is T of AnyBCQ's alternation; `steps` and
-    `learning_rate` belong to block reconstruction; `data_aware` None chooses codes from the weights alone, as published;
-    preset `fast` uses no calibration text at all.
+    `learning_rate` belong to block reconstruction; `data_aware` None chooses codes without the layers' inputs, as
+    both papers do; preset `fast` uses no calibration text at all.
     """
 
     method: str = "anybcq"

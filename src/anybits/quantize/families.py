@@ -28,7 +28,7 @@ class Family(ABC):
 
     @abstractmethod
     def tables(self, group: int) -> list[torch.Tensor]:
-        """Return for each precision the level of every code, `[2**p, N]`; groups are numbered as the pass meets them."""
+        """Return for each precision the level of every code, `[2**p, N]`; groups count as the pass meets them."""
 
     @abstractmethod
     def refit(self, i: int, errors: torch.Tensor, hessian: torch.Tensor, codes: torch.Tensor) -> None:

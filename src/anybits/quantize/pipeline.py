@@ -201,9 +201,7 @@ class _Run:
         runner = BlockRunner(self.blocks[index], walk.inputs.arguments[index])
         like = dict(runner.block.named_parameters())
         if fit and recipe.uses_hessian:
-            weights = layerwise.improve_block(
-                runner, targets, weights, walk.float_path, walk.paths, recipe.data_aware
-            )
+            weights = layerwise.improve_block(runner, targets, weights, walk.float_path, walk.paths, recipe.data_aware)
         wanted = runner.run_all(walk.float_path)
         for p, path in walk.paths.items():
             if fit and recipe.reconstructs:

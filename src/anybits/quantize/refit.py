@@ -36,8 +36,8 @@ def affine(
     """Refit scales and offsets group after group, cyclically, to least e^T H e; the error of no row rises.
 
     errors: levels minus target `[K, N]`; hessian: `[K, K]`; codes uint8 `[K, N]` of precision `top`;
-    coefficients `[G, q, N]`: scales of `precision` planes, then the offset unless symmetric; bounds: each group's columns.
-    errors and coefficients change in place. One group is an exact least-squares step in q unknowns.
+    coefficients `[G, q, N]`: scales of `precision` planes, then the offset unless symmetric; bounds: columns of
+    each group. errors and coefficients change in place. One group is an exact least-squares step in q unknowns.
     """
     offset = coefficients.shape[1] > precision
     normals: list[torch.Tensor] = []
