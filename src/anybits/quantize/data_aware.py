@@ -57,7 +57,7 @@ def improve(weight: torch.Tensor, start: PlaneWeight, moments: Moments, settings
         parts[r // step] = _improve_rows(weight[r:stop], start.rows(r, stop), stated, columns, settings)
 
     linalg.for_each_chunk(work, starts, weight.device)
-    return _joined(parts)
+    return join_rows(parts)
 
 
 def _improve_rows(
@@ -156,8 +156,8 @@ def _packed(state: _State, start: PlaneWeight, columns: Layout) -> PlaneWeight:
     return PlaneWeight(bits.codes_to_planes(codes, start.max_precision), start.in_features, state.family.stored())
 
 
-def _joined(parts: list[PlaneWeight]) -> PlaneWeight:
-    """Return the chunks of rows as one weight."""
+def join_rows(parts: list[PlaneWeight]) -> PlaneWeight:
+    """Return weights of the same kind, precisions and columns as one, their rows one after another."""
     tensors = [part.tensors() for part in parts]
     # Scales are [p, N, G] and planes [P, N, words]; offsets and centroids have rows first.
     joined = {

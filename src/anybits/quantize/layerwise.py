@@ -9,7 +9,7 @@ import torch
 
 from anybits.config import DataAware
 from anybits.quantize.blocks import BlockRunner
-from anybits.quantize.data_aware import improve
+from anybits.quantize.data_aware import improve, join_rows
 from anybits.quantize.hessian import collect, stages
 from anybits.quantize.targets import Target, matrix
 from anybits.weight import PlaneWeight
@@ -41,11 +41,16 @@ def improve_block(
     for groups in [[group] for group in order] if settings.sequential else [order]:
         found = collect(runner, groups, float_path, inputs, replaced, settings.correction > 0)
         for group, moments in zip(groups, found, strict=True):
+            # One pass over the columns serves all layers that see this input: their rows are independent.
+            together = torch.cat([matrix(like[by_module[module].parameter]) for module in group])
+            better = improve(together, join_rows([start[module] for module in group]), moments, settings)
+            first = 0
             for module in group:
-                parameter = by_module[module].parameter
-                weights[module] = improve(matrix(like[parameter]), start[module], moments, settings)
+                target = by_module[module]
+                weights[module] = better.rows(first, first + target.out_features)
+                first += target.out_features
                 for p, dense in zip(precisions, replaced, strict=True):
-                    dense[parameter] = weights[module].dequantize(p)
+                    dense[target.parameter] = weights[module].dequantize(p)
     _announce([t.module for t in targets if not any(t.module in group for group in order)])
     return weights
 
