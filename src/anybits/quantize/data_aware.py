@@ -102,7 +102,8 @@ def _search(
 
 def _shares(settings: DataAware, precisions: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
     """Return what each precision's relative error counts: `[P, 1]`."""
-    given = settings.precision_weights or (1.0,) * len(precisions)
+    # The lowest counts twice: every other one builds on its planes, and all gained when this was measured.
+    given = settings.precision_weights or (2.0,) + (1.0,) * (len(precisions) - 1)
     if len(given) != len(precisions):
         raise AnybitsError(f"{len(given)} precision weights are given for {len(precisions)} precisions")
     return torch.tensor(given, dtype=like.dtype, device=like.device)[:, None]
