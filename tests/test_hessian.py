@@ -196,14 +196,14 @@ def row_losses(weight: PlaneWeight, original: torch.Tensor, moments: Moments, ch
     return torch.stack(found)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
-    rows=st.integers(1, 20),
-    columns=st.integers(1, 150),
+    rows=st.integers(1, 8),
+    columns=st.integers(1, 80),
     size=st.sampled_from([32, 64, -1]),
     symmetric=st.booleans(),
     method=st.sampled_from(["anybcq", "any-precision"]),
-    precisions=st.sampled_from([(2,), (4,), (2, 3, 4), (2, 4), (3, 8), (2, 3, 4, 5, 6, 7, 8)]),
+    precisions=st.sampled_from([(2,), (4,), (2, 3, 4), (2, 4), (3, 8)]),
     order=st.sampled_from(["given", "energy"]),
     cross=st.booleans(),
     seed=st.integers(0, 99),
@@ -224,8 +224,18 @@ def test_no_row_gets_worse_at_any_precision(
     }
     before, after = (row_losses(q, weight, moments, chosen) for q in (start, better))
     assert (after <= before * (1 + 1e-3) + 1e-5).all()
-    again = improve(weight, start, moments, chosen).tensors()
-    assert all(torch.equal(tensor, again[name]) for name, tensor in better.tensors().items())
+
+
+def test_all_precisions_from_2_to_8_at_once_and_the_same_every_time() -> None:
+    weight, precisions = rand(12, 70, dtype=torch.float32), (2, 3, 4, 5, 6, 7, 8)
+    moments = Moments(moment(70, 7).float(), None)
+    for method in ("anybcq", "any-precision"):
+        start = start_of(weight, method, precisions, 32, False)
+        better, again = (improve(weight, start, moments, DataAware()) for _ in range(2))
+        before, after = (row_losses(q, weight, moments, DataAware()).sum(1) for q in (start, better))
+        assert (after <= before * (1 + 1e-3) + 1e-6).all()
+        assert after[0] < before[0]
+        assert all(torch.equal(tensor, again.tensors()[name]) for name, tensor in better.tensors().items())
 
 
 @pytest.mark.parametrize("method", ["anybcq", "any-precision"])
