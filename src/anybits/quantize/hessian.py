@@ -7,7 +7,7 @@ tokens, |Q X' - W X|^2, has the Hessian H = X'^T X' and its minimum not at W but
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -143,9 +143,7 @@ class Watch:
                 raise _Reached
 
         handles = [
-            self.runner.block.get_submodule(name).register_forward_pre_hook(
-                lambda _, args, name=name: hook(name, args)  # type: ignore[misc]
-            )
+            self.runner.block.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: hook(name, args))
             for name in self.modules
         ]
         try:
@@ -177,7 +175,7 @@ def collect(
     groups: list[list[str]],
     float_path: list[torch.Tensor],
     paths: list[list[torch.Tensor]],
-    replaced: list[Mapping[str, torch.Tensor]],
+    replaced: Sequence[Mapping[str, torch.Tensor]],
     cross: bool,
 ) -> list[Moments]:
     """Return the moments of the inputs that the linear layers of each of `groups` share.

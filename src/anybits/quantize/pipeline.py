@@ -200,7 +200,7 @@ class _Run:
         recipe, targets = self.recipe, self.targets[index]
         runner = BlockRunner(self.blocks[index], walk.inputs.arguments[index])
         like = dict(runner.block.named_parameters())
-        if fit and recipe.uses_hessian:
+        if fit and recipe.uses_hessian and recipe.data_aware is not None:
             weights = layerwise.improve_block(runner, targets, weights, walk.float_path, walk.paths, recipe.data_aware)
         wanted = runner.run_all(walk.float_path)
         for p, path in walk.paths.items():
