@@ -180,9 +180,9 @@ def measure(arguments: argparse.Namespace) -> None:
             precisions = parse_precisions(arguments.precisions)
             start = Recipe(precisions=precisions, seed=seed, samples=arguments.samples, steps=arguments.steps)
             recipe = replace(start, **changes)
-            began = time.perf_counter()
+            began, worked = time.perf_counter(), time.process_time()
             dense = run(Job(model, calibration, recipe))
-            seconds = time.perf_counter() - began
+            seconds, worked = time.perf_counter() - began, time.process_time() - worked
             found = losses(model, windows, dense)
             gaps = {p: round(value - base, 6) for p, value in found.items() if p != 16}
             line = {
@@ -191,6 +191,7 @@ def measure(arguments: argparse.Namespace) -> None:
                 "gap": gaps,
                 "float_ln_ppl": round(base, 6),
                 "seconds": round(seconds, 1),
+                "cpu_seconds": round(worked, 1),
                 "model": Path(arguments.model).name,
                 "text_tokens": sum(w.numel() for w in windows),
                 "recipe": recipe.to_dict(),

@@ -136,14 +136,16 @@ class Watch:
         """
         seen: dict[str, torch.Tensor] = {}
 
-        def hook(name: str, args: tuple[torch.Tensor, ...]) -> None:
-            x = args[0]
+        def hook(name: str, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
+            x = args[0] if args else kwargs["input"]
             seen[name] = x.reshape(-1, x.shape[-1]) if x.ndim != 2 else x
             if not whole and len(seen) == len(self.modules):
                 raise _Reached
 
         handles = [
-            self.runner.block.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: hook(name, args))
+            self.runner.block.get_submodule(name).register_forward_pre_hook(
+                lambda _, args, kwargs, name=name: hook(name, args, kwargs), with_kwargs=True
+            )
             for name in self.modules
         ]
         try:
@@ -164,9 +166,9 @@ def stages(runner: BlockRunner, targets: list[Target], hidden: torch.Tensor) -> 
     modules = dict(runner.block.named_modules())
     linear = [t.module for t in targets if isinstance(modules.get(t.module), nn.Linear)]
     seen = Watch(runner, linear).inputs(hidden, None, whole=True)
-    found: dict[int, list[str]] = {}
+    found: dict[tuple[int, torch.Size], list[str]] = {}
     for name, x in seen.items():  # all alive, so equal addresses mean the same tensor
-        found.setdefault(x.data_ptr(), []).append(name)
+        found.setdefault((x.data_ptr(), x.shape), []).append(name)
     return list(found.values())
 
 
