@@ -197,6 +197,30 @@ def serve(
 
 
 @app.command(rich_help_panel="Main")
+def bench(
+    shapes: Annotated[
+        str, typer.Option(help="A model's shapes by name (llama-3.1-8b ...), or NxK,NxK.")
+    ] = "llama-3.1-8b",
+    precisions: Annotated[str, typer.Option(help="Precisions to time.")] = "2-4",
+    rows: Annotated[str, typer.Option(help="Rows of activations, comma-separated.")] = "1",
+    methods: Annotated[str, typer.Option(help="Levels to time, comma-separated.")] = "anybcq,any-precision",
+    rounds: Annotated[int, typer.Option(help="Times that everything is measured in turn; medians are shown.")] = 5,
+    json_: Annotated[Path | None, typer.Option("--json", help="Write one JSON object a line.")] = None,
+) -> None:
+    """Time the kernels: beside torch's bf16 product and the read bandwidth of the same run, correctness first.
+
+    Example: `anybits bench --shapes llama-3.1-8b --precisions 2,3,4`
+    """
+    from anybits import terminal
+    from anybits.evaluate.kernels import bench_kernels
+
+    counts = terminal.whole_numbers(rows, "rows")
+    timings = bench_kernels(shapes, precisions, counts, methods.split(","), rounds=rounds, json_file=json_)
+    for timing in timings:
+        console.print(terminal.timing_line(timing), highlight=False, soft_wrap=True)
+
+
+@app.command(rich_help_panel="Main")
 def demo(
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the two quantized models and the plot.")] = Path(
         "demo-out"
