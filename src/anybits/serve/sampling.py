@@ -74,8 +74,9 @@ class Sampler:
             scores, tokens = scores.sort(descending=True)
         shares = scores.softmax(-1)
         if s.top_p < 1:
-            # A token stays while those before it hold less than top_p: the first always does.
-            shares = shares * (shares.cumsum(-1) - shares < s.top_p)
+            kept = shares.cumsum(-1) - shares < s.top_p  # those before it hold less than top_p
+            kept[0] = True  # a top_p too small for float32 compares as 0
+            shares = shares * kept
         drawn = torch.multinomial(shares, 1, generator=self._generator)
         return int(drawn if tokens is None else tokens[drawn])
 
