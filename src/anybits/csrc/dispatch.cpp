@@ -163,7 +163,8 @@ int run(Call &c, const Kernels *kernels, int threads) {
     const int64_t row_bytes = h->shape.in_features * (c.dtype == AB_F32 ? 4 : 2);
     BlendChunk chunks[AB_MAX_ROWS];
     int64_t lanes = c.rows;
-    if (affine && !c.fast && c.rows >= kernels->blend_rows && c.segments[0].precision >= BLEND_PRECISION) {
+    // Only for bf16, whose own rounding is larger than blending's: fp32 and fp16 keep the lookups' accuracy.
+    if (affine && !c.fast && c.dtype == AB_BF16 && c.rows >= kernels->blend_rows && c.segments[0].precision >= BLEND_PRECISION) {
         c.chunk_count = cut_chunks(c, chunks), c.chunks = chunks;
         lanes = 0;
         for (int i = 0; i < c.chunk_count; i++) lanes += chunks[i].width;

@@ -23,11 +23,11 @@ from anybits.integrations.quantizing import quantize_model
 from anybits.precision import precision as scoped
 from anybits.terminal import counted, shown_progress
 
-PRECISIONS = (2, 3, 4, 5, 6)
+PRECISIONS = (2, 3, 4, 5)
 PROMPT = "import os\nimport sys\n\ndef main("
 NEW_TOKENS = 48
 SAMPLES = 16  # of 512 tokens: ten times as many as the widest layer has inputs
-EVALUATED_TOKENS = 24_576
+EVALUATED_TOKENS = 16_384
 TITLES = {"anybcq": "AnyBCQ", "any-precision": "Any-Precision"}
 
 
