@@ -143,6 +143,23 @@ def inspect(
             console.print(table)
 
 
+@app.command("import", rich_help_panel="Interoperate")
+def import_(
+    source: Annotated[str, typer.Argument(help="Folder that Any-Precision's or AnyBCQ's own code wrote.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write the model to.")],
+) -> None:
+    """Turn a checkpoint of the two papers' own code into one of anybits, weight for weight.
+
+    Example: `anybits import Llama-3.1-8B-anybcq2to4-g128 -o llama-any`
+    """
+    from anybits import terminal
+    from anybits.integrations.importers import import_checkpoint
+
+    with terminal.counted(console, "importing") as step:
+        stored = import_checkpoint(source, out, step)
+    console.print(f"wrote {out}: {stored.method}, precisions {', '.join(map(str, stored.precisions))}")
+
+
 @app.command(rich_help_panel="Main")
 def demo(
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the two quantized models and the plot.")] = Path(
