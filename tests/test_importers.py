@@ -131,7 +131,8 @@ def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str) 
     code, out, _ = run(capsys, "import", DATA / name, "-o", tmp_path / "any")
     assert code == 0
     assert "precisions" in out
-    assert run(capsys, "generate", tmp_path / "any", "--prompt", "abc", "--max-new-tokens", 2)[0] == 0
+    if (DATA / name / "tokenizer.json").exists():
+        assert run(capsys, "generate", tmp_path / "any", "--prompt", "abc", "--max-new-tokens", 2)[0] == 0
     assert run(capsys, "import", DATA / name, "-o", tmp_path / "any")[0] == 1
 
 

@@ -160,6 +160,23 @@ def import_(
     console.print(f"wrote {out}: {stored.method}, precisions {', '.join(map(str, stored.precisions))}")
 
 
+@app.command(rich_help_panel="Interoperate")
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write the dense model to.")],
+    precision: Annotated[int, typer.Option(help="The precision to write, in bits.", show_default=False)],
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+) -> None:
+    """Write one precision as an ordinary dense model, for tools that do not know anybits.
+
+    Example: `anybits export llama-any --precision 4 -o llama-4bit`
+    """
+    from anybits.integrations.exporting import export_model
+
+    export_model(model, out, precision, dtype)
+    console.print(f"wrote {out}: dense {dtype} weights of precision {precision}")
+
+
 @app.command(rich_help_panel="Main")
 def demo(
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the two quantized models and the plot.")] = Path(

@@ -273,6 +273,13 @@ def make_planes(model: nn.Module, weights: Mapping[str, PlaneWeight], stored: St
     attach_precision(model, default, stored.precisions)
 
 
+def forget_quantization(model: PreTrainedModel) -> None:
+    """Take from a model without plane modules what still calls it quantized, so that it saves as a plain one."""
+    del model.config.quantization_config
+    model.hf_quantizer, model.is_quantized = None, False
+    model.__dict__.pop("quantization_method", None)
+
+
 def weight_facts(model: nn.Module) -> dict[int, tuple[int, int]]:
     """Return precision -> (bytes of quantized weights read, number of quantized weights) of a loaded model."""
     modules = list(plane_modules(model).values())
