@@ -97,7 +97,12 @@ def generate(
 @app.command("eval", rich_help_panel="Main")
 def evaluate(
     model: Model,
-    text: Annotated[Path, typer.Option(help="Text file to predict; keep it apart from calibration text.")],
+    text: Annotated[
+        Path | None, typer.Option(help="Text file to predict; keep it apart from calibration text.")
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(help="lm-eval tasks instead of a text: TASK[,TASK].")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder with lm-eval task files of your own.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents of each lm-eval task.")] = None,
     precisions: Annotated[str | None, typer.Option(help="Precisions, as 2,3,4 or 2-4. Default: all stored.")] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens of a window; windows do not overlap.")] = 512,
     max_tokens: Annotated[int | None, typer.Option(help="Use only this many tokens of the text.")] = None,
@@ -107,7 +112,7 @@ def evaluate(
     json_: Annotated[Path | None, typer.Option("--json", help="Write the result as JSON.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a plot of perplexity against bytes (PNG).")] = None,
 ) -> None:
-    """Measure perplexity at each precision, and closeness to the float model.
+    """Measure perplexity at each precision, and closeness to the float model; or run lm-eval tasks.
 
     Example: `anybits eval llama-any --precisions 2,3,4 --text corpus.txt --json r.json --plot r.png`
     """
@@ -117,6 +122,12 @@ def evaluate(
     from anybits.integrations import transformers as hf
 
     chosen = hf.stored_config(model).precisions if precisions is None else parse_precisions(precisions)
+    if (text is None) == (tasks is None):
+        raise AnybitsError("eval needs one thing to measure: --text FILE or --tasks TASK[,TASK]")
+    if tasks is not None:
+        _run_tasks(model, tasks, chosen, include_path, limit, json_)
+        return
+    assert text is not None
     with terminal.counted(console, "evaluating") as step:
         result = evaluation.evaluate(model, chosen, evaluation.read_text(text), seq_len, max_tokens, reference, step)
     console.print(terminal.result_table(result))
@@ -124,6 +135,20 @@ def evaluate(
         checkpoint.write_json(json_, result.to_dict())
     if plot is not None:
         report.plot([(Path(model).name, result)], plot)
+
+
+def _run_tasks(
+    model: str, tasks: str, precisions: tuple[int, ...], include_path: Path | None, limit: int | None, out: Path | None
+) -> None:
+    from anybits import checkpoint, terminal
+    from anybits.integrations import lm_eval
+
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    with terminal.counted(console, "precisions") as step:
+        results = lm_eval.run_tasks(model, names, precisions, include_path, limit, progress=step)
+    console.print(terminal.task_table(model, results))
+    if out is not None:
+        checkpoint.write_json(out, {"model": model, "limit": limit, "results": results})
 
 
 @app.command(rich_help_panel="Main")
