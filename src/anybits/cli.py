@@ -168,6 +168,28 @@ def inspect(
             console.print(table)
 
 
+@app.command(rich_help_panel="Interoperate")
+def report(
+    models: Annotated[list[str], typer.Argument(help="Folders of quantized models.", show_default=False)],
+    text: Annotated[Path, typer.Option(help="Text file to predict; keep it apart from calibration text.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write the report to.")] = Path("report"),
+    reference: Annotated[str | None, typer.Option(help="The original float model to compare with.")] = None,
+    seq_len: Annotated[int, typer.Option(help="Tokens of a window; windows do not overlap.")] = 512,
+    max_tokens: Annotated[int, typer.Option(help="Use only this many tokens of the text.")] = 8192,
+) -> None:
+    """Write one report, with plots, about quality, memory and speed; its figures stand in figures.json beside it.
+
+    Example: `anybits report demo-out/anybcq demo-out/any-precision -o report --text corpus.txt`
+    """
+    from anybits.evaluate import evaluation, full_report
+
+    def show(step: str) -> None:
+        console.print(f"measuring: {step}", highlight=False)
+
+    full_report.report(models, out, evaluation.read_text(text), reference, seq_len, max_tokens, progress=show)
+    console.print(f"wrote {out / 'report.html'} and {out / 'report.md'}", highlight=False)
+
+
 @app.command("import", rich_help_panel="Interoperate")
 def import_(
     source: Annotated[str, typer.Argument(help="Folder that Any-Precision's or AnyBCQ's own code wrote.")],

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -53,9 +53,7 @@ def memory(folder: str) -> dict[str, Any]:
     stored = read_stored_config(path)
     reader = CheckpointReader(checkpoint_files(path), stored)
     planes = {name for name in reader.names() if name.endswith(".planes")}
-    levels = {
-        p: sum(reader.stored_bytes(n) for n in reader.names() if n.endswith(f"s_{p}")) for p in stored.precisions
-    }
+    levels = {p: sum(reader.stored_bytes(n) for n in reader.names() if n.endswith(f"s_{p}")) for p in stored.precisions}
     plane = sum(reader.stored_bytes(name) for name in planes) // stored.precisions[-1]
     rest = sum(reader.stored_bytes(name) for name in reader.names()) - plane * stored.precisions[-1]
     rest -= sum(levels.values())
@@ -79,14 +77,14 @@ def bandwidth() -> float:
 
 
 def _seconds(run: Callable[[], object], repeats: int) -> float:
-    """Return the median seconds of a call after a first that is not counted."""
+    """Return the least seconds of a call, after a first that is not counted: others may share the machine."""
     run()
     times = []
     for _ in range(repeats):
         started = time.perf_counter()
         run()
         times.append(time.perf_counter() - started)
-    return median(times)
+    return min(times)
 
 
 def decoding_speed(model: Any, tokenizer: Any, prompt: str, tokens: int, repeats: int = 3) -> float:
@@ -124,13 +122,13 @@ def random_planes(rows: int, columns: int, precisions: tuple[int, ...], group_si
     return PlaneWeight(planes, columns, AffineLevels(group_size, scales, offsets))
 
 
-def product_times(sizes: Sequence[int], precisions: Sequence[int], repeats: int = 7) -> list[dict[str, Any]]:
+def product_times(sizes: Sequence[int], precisions: Sequence[int], repeats: int = 30) -> list[dict[str, Any]]:
     """Return the seconds of x `[1, K]` @ W.T for square matrices: planes of both kinds, and a dense float32 one."""
     rows = []
     for size in sizes:
         x = torch.randn(1, size)
         dense = torch.randn(size, size)
-        seconds = _seconds(lambda x=x, dense=dense: torch.nn.functional.linear(x, dense), repeats)
+        seconds = _seconds(partial(torch.nn.functional.linear, x, dense), repeats)
         row = {"size": size, "kind": "dense float32", "precision": 32, "seconds": seconds, "bytes": 4 * size * size}
         rows.append(row | {"backend": "torch"})
         for kind, group_size in (("anybcq", 128), ("any-precision", None)):
@@ -138,7 +136,7 @@ def product_times(sizes: Sequence[int], precisions: Sequence[int], repeats: int 
             backend = kernels.choose(weight, x.device)
             prepared = backend.prepare(weight)
             for p in precisions:
-                seconds = _seconds(lambda x=x, b=backend, w=prepared, p=p: b.matmul(x, w, p), repeats)
+                seconds = _seconds(partial(backend.matmul, x, prepared, p), repeats)
                 rows.append(
                     {"size": size, "kind": kind, "precision": p, "seconds": seconds, "bytes": weight.weight_bytes(p)}
                     | {"backend": backend.name}
@@ -146,7 +144,7 @@ def product_times(sizes: Sequence[int], precisions: Sequence[int], repeats: int 
     return rows
 
 
-def layout_costs(size: int, repeats: int = 7) -> list[dict[str, Any]]:
+def layout_costs(size: int, repeats: int = 30) -> list[dict[str, Any]]:
     """Return seconds and bytes of one product at 4 and 8 bits: planes against torch's own bit-packed matrices."""
     x = torch.randn(1, size).bfloat16()
     weight = random_planes(size, size, (2, 4, 8), 128)
@@ -154,7 +152,7 @@ def layout_costs(size: int, repeats: int = 7) -> list[dict[str, Any]]:
     prepared = backend.prepare(weight)
     rows = []
     for p in (2, 4, 8):
-        seconds = _seconds(lambda p=p: backend.matmul(x, prepared, p), repeats)
+        seconds = _seconds(partial(backend.matmul, x, prepared, p), repeats)
         rows.append({"layout": f"planes ({backend.name})", "precision": p, "seconds": seconds})
         rows[-1]["bytes"] = weight.weight_bytes(p)
     for row in _packed_products(x, size, repeats):

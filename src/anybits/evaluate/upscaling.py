@@ -18,6 +18,7 @@ from anybits.evaluate.perplexity import Logits
 from anybits.weight import group_columns
 
 VARIANTS = ("RTN alone", "RTN upscaled", "GPTQ alone", "GPTQ upscaled")
+_BLOCK = 64  # columns whose errors move on together
 _DAMPING = 0.01  # of the mean diagonal, as GPTQ does
 
 
@@ -39,26 +40,35 @@ def fit_grid(weight: torch.Tensor, precision: int, group_size: int) -> Grid:
     return Grid(low, ((high - low) / (2**precision - 1)).clamp_min(1e-12), columns)
 
 
-def feedback(weight: torch.Tensor, factor: torch.Tensor | None, choose: Callable[[int, torch.Tensor], torch.Tensor]):  # type: ignore[no-untyped-def]
-    """Return `weight` [N, K] with column k replaced by choose(k, column), errors fed forward through `factor`.
+Choose = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Column numbers `[k]` and their values `[N, k]` -> the quantized values `[N, k]`."""
+
+
+def feedback(weight: torch.Tensor, factor: torch.Tensor | None, choose: Choose) -> torch.Tensor:
+    """Return `weight` `[N, K]` quantized by `choose`, column after column with errors fed forward through `factor`.
 
     factor: upper Cholesky factor `[K, K]` of the inverse Hessian, or None for round-to-nearest.
     """
-    left = weight.clone()
-    out = torch.empty_like(weight)
-    for k in range(weight.shape[1]):
-        out[:, k] = choose(k, left[:, k])
-        if factor is not None and k + 1 < weight.shape[1]:
-            error = (left[:, k] - out[:, k]) / factor[k, k]
-            left[:, k + 1 :] -= error[:, None] * factor[k, k + 1 :]
-    return out
+    width = weight.shape[1]
+    if factor is None:
+        return choose(torch.arange(width), weight)
+    left = weight.T.contiguous()  # [K, N]: a column of the matrix lies in one piece
+    out, errors = torch.empty_like(left), torch.empty_like(left)
+    for start in range(0, width, _BLOCK):
+        stop = min(start + _BLOCK, width)
+        for k in range(start, stop):
+            out[k] = choose(torch.tensor([k]), left[k][:, None])[:, 0]
+            errors[k] = (left[k] - out[k]) / factor[k, k]
+            left[k + 1 : stop] -= factor[k, k + 1 : stop, None] * errors[k]
+        left[stop:] -= factor[start:stop, stop:].T @ errors[start:stop]
+    return out.T.contiguous()
 
 
 def alone(weight: torch.Tensor, factor: torch.Tensor | None, precision: int, group_size: int) -> torch.Tensor:
     """Return `weight` quantized uniformly at one precision."""
     grid = fit_grid(weight, precision, group_size)
 
-    def choose(k: int, column: torch.Tensor) -> torch.Tensor:
+    def choose(k: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
         low, step = grid.low[:, k // grid.columns], grid.step[:, k // grid.columns]
         return low + step * ((column - low) / step).round().clamp_(0, 2**precision - 1)
 
@@ -76,7 +86,9 @@ def upscaled(
     for p in range(seed + 1, precisions[-1] + 1):
         below, share = values[p - 1], 2.0 ** -(p - seed + 1)
 
-        def choose(k: int, column: torch.Tensor, below: torch.Tensor = below, share: float = share) -> torch.Tensor:
+        def choose(
+            k: torch.Tensor, column: torch.Tensor, below: torch.Tensor = below, share: float = share
+        ) -> torch.Tensor:
             half = step[:, k // columns] * share
             return torch.where(column >= below[:, k], below[:, k] + half, below[:, k] - half)
 
@@ -84,9 +96,7 @@ def upscaled(
     return {p: values[p] for p in precisions}
 
 
-def inverse_factors(
-    model: nn.Module, names: Sequence[str], windows: Sequence[torch.Tensor]
-) -> dict[str, torch.Tensor]:
+def inverse_factors(model: nn.Module, names: Sequence[str], windows: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return module -> upper Cholesky factor of the inverse of its damped input covariance on `windows`."""
     sums: dict[str, torch.Tensor] = {}
 
@@ -124,7 +134,7 @@ def compare(
     names: linear layers to quantize; calibration, windows: token windows `[1, T]` for GPTQ and for scoring.
     The model, float32 on the CPU, is left as it was.
     """
-    originals = {name: model.get_submodule(name).weight.detach().clone() for name in names}
+    originals = {name: model.get_parameter(f"{name}.weight").detach().clone() for name in names}
     factors = inverse_factors(model, names, calibration)
     rows = []
     for variant in VARIANTS:
@@ -140,7 +150,7 @@ def compare(
         for p, matrices in made.items():
             rows.append({"variant": variant, "precision": p} | _score(model, originals, matrices, windows))
     for name, weight in originals.items():
-        model.get_submodule(name).weight.copy_(weight)
+        model.get_parameter(f"{name}.weight").copy_(weight)
     return rows
 
 
@@ -153,7 +163,7 @@ def _score(
     error = sum(float((matrices[name] - w).square().sum()) for name, w in originals.items())
     size = sum(float(w.square().sum()) for w in originals.values())
     for name, matrix in matrices.items():
-        model.get_submodule(name).weight.copy_(matrix)
+        model.get_parameter(f"{name}.weight").copy_(matrix)
     logits: Logits = lambda tokens: model(input_ids=tokens, use_cache=False).logits  # noqa: E731
     scores, _ = perplexity.score(windows, [logits], None)
     return {"weight_error": error / size, "perplexity": scores[0].perplexity}
