@@ -36,3 +36,8 @@ def test_wrong_inputs_are_refused() -> None:
         bits.pack(torch.zeros(3))
     with pytest.raises(AnybitsError, match="33 columns"):
         bits.unpack(torch.zeros(2, 1, dtype=torch.int32), 33)
+
+
+def test_a_transposed_single_row_packs_like_any_other() -> None:
+    row = torch.arange(32, dtype=torch.uint8)[:, None].bitwise_and(1).T
+    assert torch.equal(bits.unpack(bits.pack(row), 32), row)

@@ -67,3 +67,24 @@ def test_targets_are_linears_and_experts_but_no_routers() -> None:
     assert not [p for p in patterns if p.endswith("gate") or "lm_head" in p]
     with pytest.raises(AnybitsError, match="no list of decoder blocks"):
         find_blocks(torch.nn.Linear(2, 2))
+
+
+def test_texts_come_from_datasets_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    calls = []
+
+    def load_dataset(name: str, config: str | None, split: str, streaming: bool) -> list[dict[str, object]]:
+        calls.append((name, config, split, streaming))
+        return [{"id": 1, "text": "one"}, {"id": 2, "content": "two"}, {"id": 3}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert read_texts("some/name") == ["one", "two", ""]
+    read_texts("allenai/c4:en:validation")
+    assert calls == [("some/name", None, "train", True), ("allenai/c4", "en", "validation", True)]
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise ConnectionError("no route\nto the hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(AnybitsError, match="'some/name' cannot be read .*: no route$"):
+        read_texts("some/name")

@@ -31,7 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("command", ["quantize", "generate", "eval", "inspect", "demo"])
+@pytest.mark.parametrize("command", ["quantize", "generate", "eval", "inspect", "bench", "demo"])
 def test_help_teaches(capsys: pytest.CaptureFixture[str], command: str) -> None:
     code, out, _ = run(capsys, command, "--help")
     assert code == 0
@@ -116,6 +116,20 @@ def test_inspect_counts_bytes(capsys: pytest.CaptureFixture[str], model: Path, t
     assert "bits/weight" in out
 
 
+def test_bench_writes_one_json_object_a_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    arguments = ("--shapes", "64x128", "--precisions", "2,3", "--rows", "1,3", "--rounds", 1, "--json", tmp_path / "b")
+    code, out, _ = run(capsys, "bench", *arguments)
+    assert code == 0
+    lines = [json.loads(line) for line in (tmp_path / "b").read_text().splitlines()]
+    assert len(lines) == len(out.splitlines()) == 2 * 2 * 2
+    assert {(line["method"], line["m"], line["precision"]) for line in lines} == {
+        (method, m, p) for method in ("anybcq", "any-precision") for m in (1, 3) for p in (2, 3)
+    }
+    keys = {"shape", "m", "precision", "method", "backend", "us", "bytes"}
+    keys |= {"gb_per_s", "bandwidth_share", "speedup_vs_bf16"}
+    assert all(keys <= set(line) for line in lines)
+
+
 BAD = {
     "precisions '5-x' cannot be read": ("quantize", "{float}", "-o", "{out}", "--precisions", "5-x"),
     "out of range: 2 to 8 bits": ("quantize", "{float}", "-o", "{out}", "--precisions", "1-4"),
@@ -135,6 +149,8 @@ BAD = {
     "text file {out}/none does not exist": ("eval", "{any}", "--text", "{out}/none"),
     "sequence length 1 is too short": ("eval", "{any}", "--text", "{text}", "--seq-len", "1"),
     "has no config.json": ("inspect", "{text}/.."),
+    "rows 'x' must be whole numbers": ("bench", "--rows", "x"),
+    "shapes 'x' are unknown": ("bench", "--shapes", "x"),
     "No such command": ("quantise",),
     "No such option": ("inspect", "{any}", "--jason"),
 }  # fmt: skip

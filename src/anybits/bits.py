@@ -34,8 +34,9 @@ def pack(bits: torch.Tensor) -> torch.Tensor:
     columns = bits.shape[-1]
     padding = words(columns) * WORD - columns
     padded = torch.nn.functional.pad(bits.to(torch.uint8), (0, padding)).contiguous()
-    gathered = padded.view(torch.int64).mul(_GATHER_BITS).bitwise_right_shift_(56).to(torch.uint8)
-    return gathered.view(torch.int32)
+    # Flat, because a dimension of one element may keep a stride under which no wider view exists.
+    gathered = padded.flatten().view(torch.int64).mul(_GATHER_BITS).bitwise_right_shift_(56).to(torch.uint8)
+    return gathered.view(torch.int32).view(*bits.shape[:-1], words(columns))
 
 
 def unpack(packed: torch.Tensor, columns: int) -> torch.Tensor:

@@ -225,6 +225,83 @@ def export(
 
 
 @app.command(rich_help_panel="Main")
+def bench(
+    shapes: Annotated[
+        str, typer.Option(help="A model's shapes by name (llama-3.1-8b ...), or NxK,NxK.")
+    ] = "llama-3.1-8b",
+    precisions: Annotated[str, typer.Option(help="Precisions to time.")] = "2-4",
+    rows: Annotated[str, typer.Option(help="Rows of activations, comma-separated.")] = "1",
+    methods: Annotated[str, typer.Option(help="Levels to time, comma-separated.")] = "anybcq,any-precision",
+    rounds: Annotated[int, typer.Option(help="Times that everything is measured in turn; medians are shown.")] = 5,
+    json_: Annotated[Path | None, typer.Option("--json", help="Write one JSON object a line.")] = None,
+) -> None:
+    """Time the kernels: beside torch's bf16 product and the read bandwidth of the same run, correctness first.
+
+    Example: `anybits bench --shapes llama-3.1-8b --precisions 2,3,4`
+    """
+    from anybits import terminal
+    from anybits.evaluate.kernels import bench_kernels
+
+    counts = terminal.whole_numbers(rows, "rows")
+    timings = bench_kernels(shapes, precisions, counts, methods.split(","), rounds=rounds, json_file=json_)
+    for timing in timings:
+        console.print(terminal.timing_line(timing), highlight=False, soft_wrap=True)
+
+
+@app.command(rich_help_panel="Main")
+def serve(
+    model: Model,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
+    name: Annotated[str | None, typer.Option(help="Name of the model in requests. Default: the folder's.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="Bits of requests that name none, or auto. Default: the highest stored.")
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="ANYBITS_API_KEY", help="Key that clients must send.", show_envvar=True)
+    ] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Requests that run at once.")] = 32,
+    max_rows: Annotated[int, typer.Option(min=1, help="Tokens of one step: prompts come in pieces of this.")] = 512,
+    max_queue: Annotated[
+        int | None, typer.Option(min=0, help="Requests that may wait; more get 429. Default: half of max-batch.")
+    ] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of prompt and answer together. Default: the model's.")
+    ] = None,
+    kv_cache_gb: Annotated[float, typer.Option(min=0.0, help="Memory for keys and values.")] = 2.0,
+    target_tpot_ms: Annotated[
+        float | None, typer.Option(min=0.001, help="auto: milliseconds that a token may take.")
+    ] = None,
+    target_ttft_ms: Annotated[float | None, typer.Option(min=0.001, help="auto: milliseconds to the first.")] = None,
+    timeout_s: Annotated[
+        float, typer.Option("--timeout", min=0.001, help="Seconds that one request may take.")
+    ] = 600.0,
+    drain_s: Annotated[
+        float, typer.Option("--drain", min=1, help="Seconds to finish open requests after SIGTERM.")
+    ] = 60.0,
+    max_body_mb: Annotated[float, typer.Option(min=0.001, help="Size of one request's body.")] = 4.0,
+    chat_template: Annotated[Path | None, typer.Option(help="Jinja file to use instead of the model's.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Serve MODEL over OpenAI's API; every request chooses its precision, and a chat page is at /.
+
+    Example: `anybits serve llama-any --port 8000 --precision auto --target-tpot-ms 50`
+    """
+    chosen = dict(locals())  # the parameters are named like the fields of Options
+    import importlib.util
+    import logging
+
+    missing = [m for m in ("fastapi", "uvicorn", "prometheus_client") if importlib.util.find_spec(m) is None]
+    if missing:
+        raise AnybitsError(f"{' and '.join(missing)} not found: the server needs pip install 'anybits[serve]'")
+    from anybits.serve.launch import Options, run
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    run(Options(**chosen), lambda url: console.print(f"serving {model} at {url}", highlight=False, soft_wrap=True))
+
+
+@app.command(rich_help_panel="Main")
 def demo(
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the two quantized models and the plot.")] = Path(
         "demo-out"

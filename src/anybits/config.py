@@ -137,12 +137,59 @@ class StoredConfig:
         return cls(**{k: v for k, v in values.items() if k in {f.name for f in fields(cls)}})
 
 
+COLUMN_ORDERS = ("given", "energy")
+
+
+@dataclass(frozen=True)
+class DataAware:
+    """How codes and levels follow the data; every piece can be switched off by itself.
+
+    feedback: choose codes in one pass with error feedback at every precision; descents: times that codes are then
+    chosen anew, one at a time; refit_sweeps: sweeps of a refit of scales and offsets under the full Hessian;
+    codebook_iterations: conjugate-gradient steps of a centroid refit; correction: share of the shift of
+    a layer's target that makes up for the layers before it; damping: added to the Hessian's diagonal, relative
+    to its mean; column_order: given or energy; precision_weights: what each precision's relative error counts
+    (empty: the lowest 2, others 1); balance: 1 weighs relative errors, 0 absolute ones; sequential: layers see their
+    predecessors in the block quantized; exhaustive, beam: of the search (nested_codes.Search).
+    """
+
+    feedback: bool = True
+    descents: int = 2
+    refit_sweeps: int = 2
+    codebook_iterations: int = 8
+    correction: float = 0.5
+    damping: float = 0.01
+    column_order: str = "given"
+    precision_weights: tuple[float, ...] = ()
+    balance: float = 1.0
+    sequential: bool = True
+    exhaustive: int = 32
+    beam: int = 6
+
+    def __post_init__(self) -> None:
+        """Raise AnybitsError naming the first setting that is out of range."""
+        _one_of("column_order", self.column_order, COLUMN_ORDERS)
+        for name in ("descents", "refit_sweeps", "codebook_iterations", "exhaustive", "beam"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < (1 if name in ("exhaustive", "beam") else 0):
+                raise AnybitsError(f"{name} is {value}: it must be a whole number and not negative")
+        if not 0 < self.damping < 10 or not 0 <= self.correction <= 1 or not 0 <= self.balance <= 1:
+            raise AnybitsError("damping must lie between 0 and 10, correction and balance between 0 and 1")
+        if any(not w > 0 for w in self.precision_weights):
+            raise AnybitsError(f"precision weights {list(self.precision_weights)} must be positive")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as a JSON object."""
+        return asdict(self) | {"precision_weights": list(self.precision_weights)}
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How to quantize: everything that, with the model and the text, determines the stored bytes.
 
     Token counts are `samples` sequences of `seq_len`; `rounds` is T of AnyBCQ's alternation; `steps` and
-    `learning_rate` belong to block reconstruction; preset `fast` uses no calibration text at all.
+    `learning_rate` belong to block reconstruction; `data_aware` None chooses codes without the layers' inputs, as
+    both papers do; preset `fast` uses no calibration text at all.
     """
 
     method: str = "anybcq"
@@ -157,6 +204,7 @@ class Recipe:
     samples: int = 128
     seq_len: int = 512
     seed: int = 0
+    data_aware: DataAware | None = field(default_factory=DataAware)
 
     def __post_init__(self) -> None:
         """Raise AnybitsError naming the first setting that is out of range."""
@@ -177,9 +225,20 @@ class Recipe:
         """Whether calibration text is needed."""
         return self.preset != "fast"
 
+    @property
+    def uses_hessian(self) -> bool:
+        """Whether codes and levels follow the layers' inputs."""
+        return self.needs_text and self.data_aware is not None
+
+    @property
+    def reconstructs(self) -> bool:
+        """Whether levels are tuned block by block against the float block's output."""
+        return self.preset == "best"
+
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as a JSON object."""
-        return asdict(self) | {"precisions": list(self.precisions)}
+        data_aware = None if self.data_aware is None else self.data_aware.to_dict()
+        return asdict(self) | {"precisions": list(self.precisions), "data_aware": data_aware}
 
     def to_json(self) -> str:
         """Return the settings as one line of JSON with sorted keys."""

@@ -12,6 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from anybits.errors import AnybitsError
+from anybits.evaluate.kernels import KernelTiming
 from anybits.evaluate.report import Evaluation
 from anybits.quantize.pipeline import BlockReport, Progress
 
@@ -109,6 +111,24 @@ def task_table(model: str, results: dict[int, dict[str, dict[str, Any]]]) -> Tab
         for metric in metrics:
             table.add_row(task, metric, *(f"{results[p][task][metric]:.4f}" for p in results))
     return table
+
+
+def whole_numbers(text: str, name: str) -> list[int]:
+    """Read "1,4,16" as whole numbers; raise AnybitsError naming `name` when it is something else."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise AnybitsError(f"{name} '{text}' must be whole numbers, comma-separated, such as 1,4,16") from None
+
+
+def timing_line(timing: KernelTiming) -> str:
+    """Return one line about one timed kernel."""
+    n, k = timing.shape
+    return (
+        f"{n:6d} x {k:5d}  m {timing.m:3d}  {timing.method:13s} p {timing.precision}  {timing.backend:9s} "
+        f"{timing.us:9.1f} us  {timing.gb_per_s:6.1f} GB/s  {100 * timing.bandwidth_share:4.0f} % of reading  "
+        f"{timing.speedup_vs_bf16:5.1f} x bf16"
+    )
 
 
 def inspection_tables(facts: dict[str, Any]) -> list[Table]:

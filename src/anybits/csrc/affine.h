@@ -152,6 +152,16 @@ void store_rows(const Call &c, int row, int64_t column, const float *values, int
     }
 }
 
+template <class I>
+void store_tiles(const Call &c, int64_t tile, int64_t tiles, const float *scratch) {
+    for (int64_t t = 0; t < tiles; t++) {
+        const int64_t column = (tile + t) * I::TILE, n = c.weight->shape.out_features;
+        const int64_t count = n - column < I::TILE ? n - column : I::TILE;
+        for (int p = 0; p < c.rows; p++)
+            store_rows<I>(c, c.order[p], column, scratch + (t * c.rows + p) * I::TILE, count);
+    }
+}
+
 // A piece of the work: tiles of one group, table blocks first ... last - 1, for all rows of x.
 struct Piece {
     int64_t tile, tiles, first, last;
@@ -185,11 +195,11 @@ void affine_piece(const Call &c, Piece piece, float *scratch) {
         const Segment &s = c.segments[i];
         for (int done = 0; done < s.count;) {
             const int left = s.count - done, position = s.first + done;
-            if (I::CHUNK >= 4 && left >= 4) {
-                affine_chunk<I, I::CHUNK >= 4 ? 4 : 1, WIDE, DTYPE>(c, s, position, piece, scratch);
+            if (I::LOOKUP_ROWS >= 4 && left >= 4) {
+                affine_chunk<I, I::LOOKUP_ROWS >= 4 ? 4 : 1, WIDE, DTYPE>(c, s, position, piece, scratch);
                 done += 4;
-            } else if (I::CHUNK >= 2 && left >= 2) {
-                affine_chunk<I, I::CHUNK >= 2 ? 2 : 1, WIDE, DTYPE>(c, s, position, piece, scratch);
+            } else if (I::LOOKUP_ROWS >= 2 && left >= 2) {
+                affine_chunk<I, I::LOOKUP_ROWS >= 2 ? 2 : 1, WIDE, DTYPE>(c, s, position, piece, scratch);
                 done += 2;
             } else {
                 affine_chunk<I, 1, WIDE, DTYPE>(c, s, position, piece, scratch);
@@ -206,7 +216,7 @@ constexpr int64_t PIECE_COLUMNS = 512;  // columns whose tables, for four rows o
 template <class I, bool WIDE, int DTYPE>
 void affine_multiply(const Call &c, int64_t first, int64_t last, float *scratch) {
     const Header *h = c.weight;
-    const bool streaming = c.segment_count == 1 && c.rows <= (I::CHUNK < 2 ? 1 : 2);
+    const bool streaming = c.segment_count == 1 && c.rows <= (I::LOOKUP_ROWS < 2 ? 1 : 2);
     const int64_t group = streaming ? 1 : TILE_GROUP;
     const int64_t at_once = streaming ? h->blocks : PIECE_COLUMNS / h->block_columns;
     for (int64_t tile = first; tile < last; tile += group) {
@@ -216,12 +226,7 @@ void affine_multiply(const Call &c, int64_t first, int64_t last, float *scratch)
             const int64_t end = block + at_once < h->blocks ? block + at_once : h->blocks;
             affine_piece<I, WIDE, DTYPE>(c, {tile, tiles, block, end, streaming ? STREAM_AHEAD : h->tile_bytes}, scratch);
         }
-        for (int64_t t = 0; t < tiles; t++) {
-            const int64_t column = (tile + t) * I::TILE, n = h->shape.out_features;
-            const int64_t count = n - column < I::TILE ? n - column : I::TILE;
-            for (int p = 0; p < c.rows; p++)
-                store_rows<I>(c, c.order[p], column, scratch + (t * c.rows + p) * I::TILE, count);
-        }
+        store_tiles<I>(c, tile, tiles, scratch);
     }
 }
 

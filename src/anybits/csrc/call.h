@@ -9,6 +9,13 @@ struct Segment {
     int first, count;
 };
 
+// Rows of x that share blended weights: positions first ... first + count - 1, padded to `width` lanes.
+struct BlendChunk {
+    int precision;
+    int first, count, width;
+    int64_t tables, scales;  // where the chunk's activations and scales begin, in bytes and floats
+};
+
 // Activations are kept by row of x, whatever precision the row runs at, so that the next layer that reads
 // the same x can use them again.
 struct Call {
@@ -27,6 +34,8 @@ struct Call {
     float *scales;  // one per table block and row
     float *sums;    // affine: exact sum of a table block
     int64_t scale_stride;
+    const BlendChunk *chunks;  // in place of tables by row, when chunk_count is not 0
+    int chunk_count;
 };
 
 struct Kernels {
@@ -34,6 +43,10 @@ struct Kernels {
     bool row_words;  // affine: a step holds each row's word; otherwise byte j of all rows, then byte j + 1
     // Fill tables, scales and sums of one row of x. `floats` has room for K rounded up to 512.
     void (*activations)(const Call &call, int row, float *floats);
+    // Rows of x from which affine weights are blended; AB_MAX_ROWS + 1 where they never are.
+    int blend_rows;
+    // The same as `activations` for one lane of a chunk.
+    void (*lane)(const Call &call, const BlendChunk &chunk, int lane, float *floats);
     // Affine tiles, or codebook tiles of 16 rows, first ... last - 1. `scratch` has scratch_floats().
     void (*multiply)(const Call &call, int64_t first, int64_t last, float *scratch);
     // Rows first ... first + count - 1 (whole tiles but for the last) of `planned` into `out`.

@@ -88,9 +88,9 @@ inline void merge_codes(const typename I::V *planes, typename I::V *codes) {
     }
 }
 
-// One output row for MC rows of x at precision P; results go to out[m * stride].
+// Spans first ... last - 1 of one output row for MC rows of x at precision P, added to sums[m] of LANES floats.
 template <class I, int P, int MC>
-void codebook_row(const Call &c, const int *rows, int64_t n, float *out, int64_t stride, int64_t prefetch) {
+void codebook_row(const Call &c, const int *rows, int64_t n, int64_t first, int64_t last, float *sums_at, int64_t ahead) {
     using V = typename I::V;
     using F = typename I::F;
     constexpr int PIECES = 64 / I::BYTES;
@@ -103,14 +103,14 @@ void codebook_row(const Call &c, const int *rows, int64_t n, float *out, int64_t
     for (int m = 0; m < MC; m++) {
         x[m] = reinterpret_cast<const int16_t *>(c.tables + rows[m] * c.table_stride);
         scales[m] = c.scales + rows[m] * c.scale_stride;
-        sums[m] = I::zero();
+        sums[m] = I::load(sums_at + m * I::LANES);
     }
-    for (int64_t span = 0; span < h->spans; span++) {
+    for (int64_t span = first; span < last; span++) {
         for (int piece = 0; piece < PIECES; piece++) {
             V planes[P], codes[8];
             for (int b = 0; b < P; b++) {
                 const uint8_t *at = plane + b * h->plane_stride + span * 64 + piece * I::BYTES;
-                if (piece == 0) __builtin_prefetch(at + prefetch);
+                if (piece == 0) __builtin_prefetch(at + ahead);
                 planes[b] = I::load_bytes(at);
             }
             merge_codes<I, P>(planes, codes);
@@ -123,24 +123,39 @@ void codebook_row(const Call &c, const int *rows, int64_t n, float *out, int64_t
             }
         }
     }
-    const float row_scale = row_scales(h, P)[n];
-    for (int m = 0; m < MC; m++) out[m * stride] = I::total(sums[m]) * row_scale;
+    for (int m = 0; m < MC; m++) I::store(sums_at + m * I::LANES, sums[m]);
 }
 
+constexpr int64_t PIECE_SPANS = 4;  // spans whose activations, for four rows of x, stay in the first-level cache
+
+// One segment over a tile of output rows; `sums` holds LANES partial sums for each position and output row.
 template <class I, int P>
-void codebook_segment(const Call &c, const Segment &s, int64_t first, int64_t count, float *scratch, int64_t prefetch) {
-    for (int64_t r = 0; r < count; r++) {
-        int64_t ahead = prefetch;
-        for (int done = 0; done < s.count; ahead = 0) {
+void codebook_segment(const Call &c, const Segment &s, int64_t first, int64_t count, float *sums) {
+    const int64_t spans = c.weight->spans, at_once = s.count <= 2 ? spans : PIECE_SPANS;
+    const int64_t ahead = at_once == spans ? STREAM_AHEAD : c.weight->tile_bytes;
+    for (int64_t span = 0; span < spans; span += at_once) {
+        const int64_t end = span + at_once < spans ? span + at_once : spans;
+        for (int done = 0; done < s.count;) {
             const int left = s.count - done, *rows = c.order + s.first + done;
-            float *out = scratch + (s.first + done) * CODEBOOK_TILE + r;
-            if (I::CHUNK >= 4 && left >= 4) {
-                codebook_row<I, P, I::CHUNK >= 4 ? 4 : 1>(c, rows, first + r, out, CODEBOOK_TILE, ahead);
-                done += 4;
-            } else {
-                codebook_row<I, P, 1>(c, rows, first + r, out, CODEBOOK_TILE, ahead);
-                done += 1;
+            float *at = sums + (s.first + done) * I::LANES;
+            int taken = 0;
+            for (int64_t r = 0; r < count; r++) {
+                float *here = at + r * c.rows * I::LANES;
+                if (I::DOT_ROWS >= 4 && left >= 4)
+                    codebook_row<I, P, I::DOT_ROWS >= 4 ? 4 : 1>(c, rows, first + r, span, end, here, ahead), taken = 4;
+                else if (I::DOT_ROWS >= 2 && left >= 2)
+                    codebook_row<I, P, I::DOT_ROWS >= 2 ? 2 : 1>(c, rows, first + r, span, end, here, ahead), taken = 2;
+                else
+                    codebook_row<I, P, 1>(c, rows, first + r, span, end, here, ahead), taken = 1;
             }
+            done += taken;
+        }
+    }
+    for (int64_t r = 0; r < count; r++) {
+        const float row_scale = row_scales(c.weight, P)[first + r];
+        for (int p = s.first; p < s.first + s.count; p++) {
+            float *at = sums + (r * c.rows + p) * I::LANES;
+            at[0] = I::total(I::load(at)) * row_scale;
         }
     }
 }
@@ -148,24 +163,20 @@ void codebook_segment(const Call &c, const Segment &s, int64_t first, int64_t co
 // Tiles are 16 output rows here: enough to write results in whole cache lines.
 template <class I>
 void codebook_multiply(const Call &c, int64_t first, int64_t last, float *scratch) {
+    void (*const by_precision[])(const Call &, const Segment &, int64_t, int64_t, float *) = {
+        codebook_segment<I, 1>, codebook_segment<I, 2>, codebook_segment<I, 3>, codebook_segment<I, 4>,
+        codebook_segment<I, 5>, codebook_segment<I, 6>, codebook_segment<I, 7>, codebook_segment<I, 8>};
     const int64_t n = c.weight->shape.out_features;
     for (int64_t tile = first; tile < last; tile++) {
         const int64_t row = tile * CODEBOOK_TILE, count = n - row < CODEBOOK_TILE ? n - row : CODEBOOK_TILE;
-        for (int i = 0; i < c.segment_count; i++) {
-            const Segment &s = c.segments[i];
-            const int64_t prefetch = i == 0 ? STREAM_AHEAD : 0;
-            switch (s.precision) {
-                case 1: codebook_segment<I, 1>(c, s, row, count, scratch, prefetch); break;
-                case 2: codebook_segment<I, 2>(c, s, row, count, scratch, prefetch); break;
-                case 3: codebook_segment<I, 3>(c, s, row, count, scratch, prefetch); break;
-                case 4: codebook_segment<I, 4>(c, s, row, count, scratch, prefetch); break;
-                case 5: codebook_segment<I, 5>(c, s, row, count, scratch, prefetch); break;
-                case 6: codebook_segment<I, 6>(c, s, row, count, scratch, prefetch); break;
-                case 7: codebook_segment<I, 7>(c, s, row, count, scratch, prefetch); break;
-                default: codebook_segment<I, 8>(c, s, row, count, scratch, prefetch); break;
-            }
+        memset(scratch, 0, static_cast<size_t>(count * c.rows * I::LANES) * sizeof(float));
+        for (int i = 0; i < c.segment_count; i++)
+            by_precision[c.segments[i].precision - 1](c, c.segments[i], row, count, scratch);
+        for (int p = 0; p < c.rows; p++) {
+            float values[CODEBOOK_TILE];
+            for (int64_t r = 0; r < count; r++) values[r] = scratch[(r * c.rows + p) * I::LANES];
+            store_rows<I>(c, c.order[p], row, values, count);
         }
-        for (int p = 0; p < c.rows; p++) store_rows<I>(c, c.order[p], row, scratch + p * CODEBOOK_TILE, count);
     }
 }
 

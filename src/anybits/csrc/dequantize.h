@@ -2,6 +2,7 @@
 // affine levels (the same additions in the same order), and those that the codebook kernel multiplies by.
 #pragma once
 
+#include "blend.h"
 #include "codebook.h"
 
 namespace {
@@ -32,26 +33,27 @@ inline void step_words(const uint8_t *at, uint32_t *words) {
 }
 
 // A tile's columns of one step: values[r] for column after column goes to out[column][r].
-template <class I>
-void dequantize_step(const uint32_t (*words)[I::TILE], const float (*scales)[I::TILE], const float *offsets, int precision,
-                     int64_t columns, int64_t rows, int dtype, void *out, int64_t at, int64_t stride) {
+template <class I, int P>
+void dequantize_step(const uint32_t (*words)[I::TILE], const float (*scales)[I::TILE], const float *offsets, int64_t columns,
+                     int64_t rows, int dtype, void *out, int64_t at, int64_t stride) {
     for (int64_t k = 0; k < columns; k++, at += stride) {
         alignas(64) float values[I::TILE];
-        for (int r = 0; r < I::TILE; r++) values[r] = offsets[r];
-        for (int b = 0; b < precision; b++)
-            for (int r = 0; r < I::TILE; r++) {
-                const uint32_t flip = ~(words[b][r] >> k) << 31;  // a clear bit means -scale
-                values[r] += float_of_bits(bits_of_float(scales[b][r]) ^ flip);
-            }
-        if (dtype == AB_F32) {
-            memcpy(static_cast<float *>(out) + at, values, static_cast<size_t>(rows) * 4);
-        } else {
-            uint16_t *to = static_cast<uint16_t *>(out) + at;
-            if (rows == I::TILE)
-                for (int r = 0; r < I::TILE; r++) to[r] = float_to_bf16(values[r]);
-            else
-                for (int r = 0; r < rows; r++) to[r] = float_to_bf16(values[r]);
+        alignas(64) uint16_t rounded[I::TILE];
+        for (int r = 0; r < I::TILE; r++) {
+            float value = offsets[r];
+            for (int b = 0; b < P; b++)  // a clear bit means -scale
+                value += float_of_bits(bits_of_float(scales[b][r]) ^ (~(words[b][r] >> k) << 31));
+            values[r] = value;
+            const uint32_t u = bits_of_float(value);
+            rounded[r] = static_cast<uint16_t>((u + 0x7fff + (u >> 16 & 1)) >> 16);
         }
+        const size_t count = static_cast<size_t>(rows);
+        if (dtype == AB_F32)
+            memcpy(static_cast<float *>(out) + at, values, count * 4);
+        else if (rows == I::TILE)
+            memcpy(static_cast<uint16_t *>(out) + at, rounded, sizeof rounded);
+        else
+            memcpy(static_cast<uint16_t *>(out) + at, rounded, count * 2);
     }
 }
 
@@ -62,6 +64,10 @@ void dequantize_affine_tile(const Header *h, int precision, int64_t tile, int64_
     const uint8_t *levels = affine_levels_at(h, precision, tile);
     alignas(64) float scales[AB_MAX_PLANES][I::TILE], offsets[I::TILE];
     alignas(64) uint32_t words[AB_MAX_PLANES][I::TILE];
+    void (*const step_of[])(const uint32_t (*)[I::TILE], const float (*)[I::TILE], const float *, int64_t, int64_t, int,
+                            void *, int64_t, int64_t) = {
+        dequantize_step<I, 1>, dequantize_step<I, 2>, dequantize_step<I, 3>, dequantize_step<I, 4>,
+        dequantize_step<I, 5>, dequantize_step<I, 6>, dequantize_step<I, 7>, dequantize_step<I, 8>};
     int64_t ready = -1;
     for (int64_t step = 0; step < h->steps; step++) {
         const int64_t k = step * STEP, group = k / h->shape.group_columns;
@@ -75,7 +81,7 @@ void dequantize_affine_tile(const Header *h, int precision, int64_t tile, int64_
         }
         for (int b = 0; b < precision; b++) step_words<I>(plane_at(h, b, tile) + step * step_bytes, words[b]);
         const int64_t columns = h->shape.in_features - k < STEP ? h->shape.in_features - k : STEP;
-        dequantize_step<I>(words, scales, offsets, precision, columns, rows, dtype, out, k * stride + column, stride);
+        step_of[precision - 1](words, scales, offsets, columns, rows, dtype, out, k * stride + column, stride);
     }
 }
 
@@ -142,7 +148,12 @@ struct Instance {
         else
             codebook_activations<I>(c, row, floats);
     }
+    static void lane(const Call &c, const BlendChunk &chunk, int lane, float *floats) {
+        blend_activations<I>(c, chunk, lane, floats);
+    }
     static void multiply(const Call &c, int64_t first, int64_t last, float *scratch) {
+        if constexpr (I::BLEND_ROWS <= AB_MAX_ROWS)
+            if (c.chunk_count) return blend_multiply<I>(c, first, last, scratch);
         if (c.weight->shape.levels == AB_CODEBOOK)
             codebook_multiply<I>(c, first, last, scratch);
         else if (c.fast)
@@ -150,7 +161,8 @@ struct Instance {
         else
             affine_by_dtype<I, true>(c, first, last, scratch);
     }
-    static constexpr Kernels kernels = {I::TILE, I::ROW_WORDS, activations, multiply, dequantize_rows<I>};
+    static constexpr Kernels kernels = {I::TILE, I::ROW_WORDS,  activations, I::BLEND_ROWS,
+                                        lane,    multiply,      dequantize_rows<I>};
 };
 
 }  // namespace

@@ -9,9 +9,11 @@ namespace {
 struct Avx512 {
     using V = __m512i;
     using F = __m512;
-    static constexpr int TILE = 16, LANES = 16, BYTES = 64, CHUNK = 4;
+    static constexpr int TILE = 16, LANES = 16, BYTES = 64;
+    static constexpr int LOOKUP_ROWS = 2, DOT_ROWS = 4;  // rows of x that go through an inner loop together
     static constexpr bool ROW_WORDS = true;
     static constexpr int TABLE_FLIP = 0;
+    static constexpr int BLEND_ROWS = 8;
 
     static F zero() { return _mm512_setzero_ps(); }
     static F set1(float v) { return _mm512_set1_ps(v); }
@@ -69,6 +71,78 @@ struct Avx512 {
             }
         }
         for (int m = 0; m < MC; m++) sums[m][0] = _mm512_cvtepi32_ps(_mm512_add_epi32(acc[m][0], acc[m][1]));
+    }
+
+    static F any_level(const Header *h, const uint8_t *p, int64_t entry) {
+        const uint8_t *at = p + entry * TILE * level_size(h->shape.level_dtype);
+        if (h->shape.level_dtype == AB_F16) return level<AB_F16>(at, 0);
+        return h->shape.level_dtype == AB_BF16 ? level<AB_BF16>(at, 0) : level<AB_F32>(at, 0);
+    }
+
+    // A group's levels as integers, in both halves of each row's word: base where no bit is set, step[b] on top
+    // where bit b is. Returns the rows' scales.
+    template <int P>
+    static F blend_levels(const Header *h, const uint8_t *levels, V *base, V *step) {
+        F scales[P], peak = zero(), lowest = zero();
+        if (h->shape.has_offsets) {
+            lowest = any_level(h, levels, P);
+            peak = _mm512_abs_ps(lowest);
+        }
+        for (int b = 0; b < P; b++) {
+            scales[b] = any_level(h, levels, b);
+            peak = _mm512_add_ps(peak, _mm512_abs_ps(scales[b]));
+            lowest = _mm512_sub_ps(lowest, scales[b]);
+        }
+        const F limit = set1(BLEND_W_LIMIT);
+        const F inverse = _mm512_maskz_div_ps(_mm512_cmp_ps_mask(peak, zero(), _CMP_GT_OQ), limit, peak);
+        const auto both_halves = [&](F v) {
+            const V i = _mm512_cvtps_epi32(_mm512_mul_ps(v, inverse));
+            return _mm512_mask_blend_epi16(0xaaaaaaaau, i, _mm512_slli_epi32(i, 16));
+        };
+        *base = both_halves(lowest);
+        for (int b = 0; b < P; b++) step[b] = both_halves(_mm512_add_ps(scales[b], scales[b]));
+        return _mm512_div_ps(peak, limit);
+    }
+
+    template <int P, int MC>
+    static void blend(const Call &c, const BlendChunk &chunk, int64_t tile, int64_t first, int64_t last, int64_t ahead,
+                      float *y) {
+        const Header *h = c.weight;
+        const int64_t block_steps = h->block_columns / STEP, stride = h->plane_stride;
+        const uint8_t *levels = affine_levels_at(h, P, tile);
+        const int64_t group_bytes = affine_entries(h->shape, P) * TILE * level_size(h->shape.level_dtype);
+        alignas(64) float total[MC][16] = {{0}};
+        for (int64_t block = first; block < last; block++) {
+            V base, step[P];
+            const F row_scale = blend_levels<P>(h, levels + block / h->blocks_per_group * group_bytes, &base, step);
+            const float *x_scale = c.scales + chunk.scales + block * MC;
+            const int64_t end = (block + 1) * block_steps < h->steps ? (block + 1) * block_steps : h->steps;
+            for (int64_t s = block * block_steps; s < end; s += BLEND_FLUSH_STEPS) {
+                V acc[MC];
+                for (int m = 0; m < MC; m++) acc[m] = _mm512_setzero_si512();
+                for (int64_t t = s; t < end && t < s + BLEND_FLUSH_STEPS; t++) {
+                    const uint8_t *plane = plane_at(h, 0, tile) + t * 64;
+                    V v[P];
+                    for (int b = 0; b < P; b++) {
+                        v[b] = _mm512_loadu_si512(plane + b * stride);
+                        __builtin_prefetch(plane + b * stride + ahead);
+                    }
+                    const int32_t *x = reinterpret_cast<const int32_t *>(c.tables + chunk.tables) + t * 16 * MC;
+                    V bit = _mm512_set1_epi16(1);
+                    for (int k = 0; k < 16; k++, x += MC, bit = _mm512_add_epi16(bit, bit)) {
+                        V w = base;
+                        for (int b = 0; b < P; b++)
+                            w = _mm512_mask_add_epi16(w, _mm512_test_epi16_mask(v[b], bit), w, step[b]);
+                        for (int m = 0; m < MC; m++) acc[m] = _mm512_dpwssd_epi32(acc[m], w, _mm512_set1_epi32(x[m]));
+                    }
+                }
+                for (int m = 0; m < MC; m++) {
+                    const F scale = _mm512_mul_ps(row_scale, set1(x_scale[m]));
+                    store(total[m], fma(_mm512_cvtepi32_ps(acc[m]), scale, load(total[m])));
+                }
+            }
+        }
+        for (int m = 0; m < chunk.count; m++) store(y + m * TILE, _mm512_add_ps(load(y + m * TILE), load(total[m])));
     }
 
     static V bytes(int v) { return _mm512_set1_epi8(static_cast<char>(v)); }

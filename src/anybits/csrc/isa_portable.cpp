@@ -6,8 +6,10 @@ namespace {
 struct Portable {
     using V = uint64_t;  // eight bytes of a plane; shifts cross byte borders exactly as vector shifts do
     struct F { float v[4]; };
-    static constexpr int TILE = 16, LANES = 4, BYTES = 8, CHUNK = 1;
+    static constexpr int TILE = 16, LANES = 4, BYTES = 8;
+    static constexpr int LOOKUP_ROWS = 1, DOT_ROWS = 1;  // rows of x that go through an inner loop together
     static constexpr bool ROW_WORDS = false;
+    static constexpr int BLEND_ROWS = AB_MAX_ROWS + 1;
     static constexpr int TABLE_FLIP = 0x80;
 
     static F zero() { return set1(0); }

@@ -26,6 +26,7 @@ from anybits.terminal import counted, shown_progress
 PRECISIONS = (2, 3, 4, 5, 6)
 PROMPT = "import os\nimport sys\n\ndef main("
 NEW_TOKENS = 48
+SAMPLES = 16  # of 512 tokens: ten times as many as the widest layer has inputs
 EVALUATED_TOKENS = 24_576
 TITLES = {"anybcq": "AnyBCQ", "any-precision": "Any-Precision"}
 
@@ -45,7 +46,7 @@ def run_demo(out: Path, console: Console) -> None:
     for method in METHODS:
         folder = out / method
         shutil.rmtree(folder, ignore_errors=True)
-        recipe = Recipe(method=method, precisions=PRECISIONS, samples=64)
+        recipe = Recipe(method=method, precisions=PRECISIONS, samples=SAMPLES)
         with shown_progress(console, f"quantizing with {TITLES[method]}") as progress:
             quantize_model(str(MODEL), folder, recipe, str(CALIBRATION), progress=progress)
         with counted(console, "evaluating") as step:

@@ -41,7 +41,7 @@ class Evaluation:
     reference: Reference | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON object whose keys docs/evaluation.md lists."""
+        """Return the JSON object that docs/evaluation.md describes."""
         return asdict(self) | {"results": [asdict(r) for r in self.results]}
 
 

@@ -280,6 +280,11 @@ def forget_quantization(model: PreTrainedModel) -> None:
     model.__dict__.pop("quantization_method", None)
 
 
+def register_attention(name: str, function: Callable[..., Any]) -> None:
+    """Let models be switched to `function` by `set_attn_implementation(name)`."""
+    transformers.AttentionInterface.register(name, function)
+
+
 def weight_facts(model: nn.Module) -> dict[int, tuple[int, int]]:
     """Return precision -> (bytes of quantized weights read, number of quantized weights) of a loaded model."""
     modules = list(plane_modules(model).values())

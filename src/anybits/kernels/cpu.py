@@ -26,32 +26,52 @@ _AFFINE, _CODEBOOK = 0, 1
 _HUGE_PAGE = 2 << 20
 
 MAX_KERNEL_ROWS = 64
-"""Rows of x in one call of the kernel (AB_MAX_ROWS)."""
+"""Rows of x in one pass of the kernel (AB_MAX_ROWS); more rows are several passes."""
 
-DENSE_ROWS = {"affine": 24, "codebook": 24}
-"""Rows of x from which dequantizing slabs and torch's GEMM are faster than the kernel."""
+DENSE_ROWS = {
+    ("avx512", True): (0, 512, 512, 64, 64, 52, 44, 40, 36),
+    ("avx512", False): (0, 112, 112, 112, 112, 64, 48, 32, 20),
+    ("avx2", True): (0, 32, 25, 18, 14, 14, 14, 14, 14),
+    ("avx2", False): (0, 40, 40, 24, 12, 12, 12, 12, 12),
+    ("neon", True): (0, 32, 25, 18, 14, 14, 14, 14, 14),
+    ("neon", False): (0, 40, 40, 24, 12, 12, 12, 12, 12),
+    ("portable", True): (0, 12, 12, 12, 12, 12, 12, 12, 12),
+    ("portable", False): (0, 12, 12, 12, 12, 12, 12, 12, 12),
+}
+"""(instruction set, affine) -> for p = 0 ... 8, rows of bf16 x from which slabs and torch's GEMM are faster.
 
-SLAB_BYTES = 4 << 20
-"""Bytes of one dequantized slab: it should still be in the cache when the GEMM reads it."""
+Measured on one Zen 4 core, 2048 x 4096, milliseconds. torch's bf16 GEMM: 1.8 at 16 rows, 5.3 at 64, 20 at 256.
+Slabs (avx512, p = 2 / 4 / 8): affine 1.8 / 2.8 / 5.0, codebook 5.4. Kernel at 64 rows: affine 6.0 / 8.3 / 14.6,
+codebook 8.1 / 8.8 / 22.5. avx2: slabs 2.1 / 3.2 / 8.5, kernel at 16 rows affine 2.7 / 5.2 / 18, codebook
+3.5 / 8.2 / 45. Best of 8 to 10 calls on a busy machine. Precisions 5 to 7 are interpolated; NEON's row is a copy
+of avx2's and portable's a guess.
+"""
+
+DENSE_ROWS_FP32 = 8
+"""Factor on DENSE_ROWS for fp32 and fp16 x: at 64 rows slabs took 22 ms with fp32 and 8 to 11 with bf16.
+
+The factor itself is an estimate: no row count beyond 64 was measured.
+"""
+
+SLAB_BYTES = 2 << 20
+"""Bytes of one dequantized slab: slabs of 8 MiB took two to four times as long to fill as those of 2 MiB."""
 
 
 @dataclass(frozen=True, eq=False)
 class PackedWeight:
     """A PlaneWeight repacked for one instruction set.
 
-    blob: uint8, self-describing (csrc/blob.h); tile: rows that are interleaved in it.
+    blob: uint8, self-describing (csrc/blob.h).
     """
 
     blob: torch.Tensor
     out_features: int
     in_features: int
     precisions: tuple[int, ...]
-    affine: bool
-    tile: int
 
 
 @cache
-def _library() -> ModuleType | None:
+def library() -> ModuleType | None:
     """Return the extension module, sharing torch's thread pool; None when it was not built."""
     try:
         from anybits.kernels import _cpu
@@ -65,9 +85,9 @@ def _library() -> ModuleType | None:
 
 
 def _loaded() -> ModuleType:
-    library = _library()
-    assert library is not None, "unsupported() said that there is no library"
-    return library
+    loaded = library()
+    assert loaded is not None, "unsupported() said that there is no library"
+    return loaded
 
 
 class CpuBackend:
@@ -87,14 +107,14 @@ class CpuBackend:
         """Return why not, or None: any PlaneWeight on a CPU, if the kernels were compiled at install."""
         if device.type != "cpu":
             return f"it runs on the CPU, not on {device.type}"
-        if _library() is None:
+        if library() is None:
             return "the CPU kernels were not compiled when anybits was installed (a C++17 compiler is needed)"
         self._isa_number()
         return None
 
     def prepare(self, weight: PlaneWeight) -> PackedWeight:
         """Return `weight` repacked plane after plane into 2 MiB pages; nothing in it refers to `weight`."""
-        library, isa = _loaded(), self._isa_number()
+        packer, isa = _loaded(), self._isa_number()
         levels = weight.levels
         scaled = levels if isinstance(levels, AffineLevels) else None
         dtype = _common_dtype(weight)
@@ -109,21 +129,20 @@ class CpuBackend:
             weight.max_precision,
             sum(1 << p for p in weight.precisions),
         )
-        size = library.blob_bytes(*shape)
+        size = packer.blob_bytes(*shape)
         if size < 0:
             raise AnybitsError(f"this weight cannot be repacked for the CPU kernels (status {-size})")
-        blob = _allocate(size)
+        blob = allocate(size)
         at = (blob.data_ptr(), size)
-        _check(library.blob_begin(*at, *shape))
+        _check(packer.blob_begin(*at, *shape))
         for i in range(weight.max_precision):
             plane = weight.planes[i].contiguous()
-            _check(library.blob_plane(*at, i, plane.data_ptr(), torch.get_num_threads()))
+            _check(packer.blob_plane(*at, i, plane.data_ptr(), torch.get_num_threads()))
         for p in weight.precisions:
             tensors = [t.to(dtype).contiguous() for t in levels.tensors(p).values()]
             offsets = tensors[1].data_ptr() if len(tensors) > 1 else None
-            _check(library.blob_levels(*at, p, tensors[0].data_ptr(), offsets))
-        tile = library.tile_rows(isa)
-        return PackedWeight(blob, weight.out_features, weight.in_features, weight.precisions, scaled is not None, tile)
+            _check(packer.blob_levels(*at, p, tensors[0].data_ptr(), offsets))
+        return PackedWeight(blob, weight.out_features, weight.in_features, weight.precisions)
 
     def matmul(self, x: torch.Tensor, prepared: PackedWeight, precision: int | torch.Tensor) -> torch.Tensor:
         """Return x `[M, K]` @ W_p.T as `[M, N]` in x's dtype (fp32, bf16 or fp16), accumulated in float32."""
@@ -133,17 +152,17 @@ class CpuBackend:
         if x.requires_grad and torch.is_grad_enabled():
             return _Product.apply(x, prepared, wanted, rows, fast)
         run = torch.ops.anybits.cpu_matmul if torch.compiler.is_compiling() or type(x) is not torch.Tensor else _matmul
-        return run(x, prepared.blob, prepared.out_features, wanted, rows, prepared.affine, fast)
+        return run(x, prepared.blob, prepared.out_features, wanted, rows, fast)
 
     def _fast_tables(self) -> bool:
         return _fast_by_environment() if self._fast is None else self._fast
 
     def _isa_number(self) -> int:
         name = self._isa or os.environ.get("ANYBITS_CPU_ISA")
-        library = _loaded()
+        machine = _loaded()
         if not name:
-            return int(library.isa_best())
-        usable = [isa for i, isa in enumerate(ISAS) if library.isa_usable(i)]
+            return int(machine.isa_best())
+        usable = [isa for i, isa in enumerate(ISAS) if machine.isa_usable(i)]
         if name not in usable:
             raise AnybitsError(f"instruction set '{name}' does not run here: choose {' or '.join(usable)}")
         return ISAS.index(name)
@@ -162,7 +181,7 @@ def _common_dtype(weight: PlaneWeight) -> torch.dtype:
     return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
-def _allocate(size: int) -> torch.Tensor:
+def allocate(size: int) -> torch.Tensor:
     """Return uint8 `[size]`, in 2 MiB pages where the system grants them: streaming runs a fifth faster."""
     if size < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(size, dtype=torch.uint8)
@@ -184,36 +203,46 @@ def _matmul(
     out_features: int,
     precision: int,
     rows: torch.Tensor | None,
-    affine: bool,
     fast: bool,
 ) -> torch.Tensor:
     """The body of anybits::cpu_matmul."""
     count, columns = x.shape
     dtype = _DTYPES.get(x.dtype, -1)
-    if count >= DENSE_ROWS["affine" if affine else "codebook"] or dtype < 0 or count == 0:
-        return _dense(x, blob, out_features, precision, rows, affine)
-    if x.stride(1) != 1:
-        x = x.contiguous()
     if rows is not None:
         rows = _checked_rows(rows, count)
+    if dtype < 0 or count == 0 or (count >= 12 and _dense_is_faster(x, blob, precision, rows)):
+        return _dense(x, blob, out_features, precision, rows)
+    if x.stride(1) != 1:
+        x = x.contiguous()
     y = torch.empty((count, out_features), dtype=x.dtype)
-    status = _loaded().matmul(
-        blob.data_ptr(),
-        blob.numel(),
-        x.data_ptr(),
-        dtype,
-        count,
-        columns,
-        x.stride(0),
-        precision,
-        None if rows is None else rows.data_ptr(),
-        y.data_ptr(),
-        fast,
-        torch.get_num_threads(),
-    )
-    if status:
-        _refuse(status, x, blob, precision, rows)
+    run, size, stride = _loaded().matmul, x.element_size(), x.stride(0)
+    source, threads = (blob.data_ptr(), blob.numel()), torch.get_num_threads()
+    for first in range(0, count, MAX_KERNEL_ROWS):
+        status = run(
+            *source,
+            x.data_ptr() + first * stride * size,
+            dtype,
+            min(count - first, MAX_KERNEL_ROWS),
+            columns,
+            stride,
+            precision,
+            None if rows is None else rows.data_ptr() + 4 * first,
+            y.data_ptr() + first * out_features * size,
+            fast,
+            threads,
+        )
+        if status:
+            raise _refusal(status, x, blob, precision, rows)
     return y
+
+
+def _dense_is_faster(x: torch.Tensor, blob: torch.Tensor, precision: int, rows: torch.Tensor | None) -> bool:
+    header = _header(blob)
+    highest = precision if rows is None else int(rows.max())
+    if not 1 <= highest <= 8:
+        return False
+    limit = DENSE_ROWS[ISAS[header.isa], header.affine][highest]
+    return x.shape[0] >= limit * (1 if x.dtype == torch.bfloat16 else DENSE_ROWS_FP32)
 
 
 def _checked_rows(rows: torch.Tensor, count: int) -> torch.Tensor:
@@ -244,18 +273,20 @@ def _header(blob: torch.Tensor) -> _Header:
     return _Header(isa, levels == _AFFINE, n, k, tuple(p for p in range(1, planes + 1) if mask >> p & 1))
 
 
-def _refuse(status: int, x: torch.Tensor, blob: torch.Tensor, precision: int, rows: torch.Tensor | None) -> None:
-    """Raise the AnybitsError that says what the library found wrong."""
+def _refusal(
+    status: int, x: torch.Tensor, blob: torch.Tensor, precision: int, rows: torch.Tensor | None
+) -> AnybitsError:
+    """Return the AnybitsError that says what the library found wrong."""
     header = _header(blob)
     for p in [precision] if rows is None else rows.unique().tolist():
         check_precision(p, header.precisions)
     if x.shape[1] != header.in_features:
-        raise AnybitsError(f"activations have {x.shape[1]} columns where the weight has {header.in_features}")
-    raise AnybitsError(f"the CPU kernels refused a packed weight of {blob.numel()} bytes (status {status})")
+        return AnybitsError(f"activations have {x.shape[1]} columns where the weight has {header.in_features}")
+    return AnybitsError(f"the CPU kernels refused a packed weight of {blob.numel()} bytes (status {status})")
 
 
 def _dense(
-    x: torch.Tensor, blob: torch.Tensor, out_features: int, precision: int, rows: torch.Tensor | None, affine: bool
+    x: torch.Tensor, blob: torch.Tensor, out_features: int, precision: int, rows: torch.Tensor | None
 ) -> torch.Tensor:
     """Dequantize slab after slab and multiply each with torch's GEMM, once per precision among the rows."""
     header = _header(blob)
@@ -265,7 +296,6 @@ def _dense(
     if rows is None:
         _dense_into(y, x, blob, header, precision)
         return y
-    rows = _checked_rows(rows, x.shape[0])
     for p in rows.unique().tolist():
         chosen = (rows == p).nonzero()[:, 0]
         part = x.new_empty(chosen.numel(), out_features)
@@ -309,7 +339,7 @@ class _Product(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, prepared: PackedWeight, precision: int, rows: torch.Tensor | None, fast: bool
     ) -> torch.Tensor:
         ctx.saved = prepared, precision, rows
-        return _matmul(x, prepared.blob, prepared.out_features, precision, rows, prepared.affine, fast)
+        return _matmul(x, prepared.blob, prepared.out_features, precision, rows, fast)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -329,7 +359,6 @@ def _fake_matmul(
     out_features: int,
     precision: int,
     rows: torch.Tensor | None,
-    affine: bool,
     fast: bool,
 ) -> torch.Tensor:
     return x.new_empty(x.shape[0], out_features)
@@ -337,7 +366,7 @@ def _fake_matmul(
 
 _operators = torch.library.Library("anybits", "FRAGMENT")
 _operators.define(
-    "cpu_matmul(Tensor x, Tensor blob, int out_features, int precision, Tensor? rows, bool affine, bool fast) -> Tensor"
+    "cpu_matmul(Tensor x, Tensor blob, int out_features, int precision, Tensor? rows, bool fast) -> Tensor"
 )
 _operators.impl("cpu_matmul", _matmul, "CPU")
 torch.library.register_fake("anybits::cpu_matmul", _fake_matmul, lib=_operators)

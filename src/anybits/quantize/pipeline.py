@@ -19,7 +19,7 @@ from torch import nn
 from anybits.checkpoint import CheckpointReader, CheckpointWriter, write_json
 from anybits.config import Recipe, StoredConfig
 from anybits.errors import AnybitsError
-from anybits.quantize import anybcq, anyprecision, block_tuning
+from anybits.quantize import anybcq, anyprecision, block_tuning, layerwise
 from anybits.quantize.blocks import BlockInputs, BlockRunner, capture
 from anybits.quantize.calibration import Calibration, fisher
 from anybits.quantize.targets import Target, find_blocks, find_targets, matrix, target_patterns
@@ -109,6 +109,15 @@ def _claim(out: Path, fingerprint: str) -> None:
     write_json(state, {"fingerprint": fingerprint})
 
 
+@dataclass
+class _Walk:
+    """Where the calibration batches are: the inputs of the next block on the float path and at each precision."""
+
+    inputs: BlockInputs
+    float_path: list[torch.Tensor]
+    paths: dict[int, list[torch.Tensor]]
+
+
 class _Run:
     """One pass over the blocks."""
 
@@ -145,14 +154,12 @@ class _Run:
         todo = [not self.writer.has_shard(name) for name in self.shard_names()]
         if self.recipe.method == "any-precision" and self.recipe.needs_text and any(todo):
             self._measure_sensitivity()
-        tuned = self.recipe.preset == "best" and any(todo)
-        inputs = self._capture() if tuned else None
-        paths = {p: list(inputs.hidden) for p in self.recipe.precisions} if inputs else {}
-        float_path = list(inputs.hidden) if inputs else []
+        walked = (self.recipe.uses_hessian or self.recipe.reconstructs) and any(todo)
+        walk = self._walk() if walked else None
         for index, name in enumerate(self.shard_names()):
             weights = self._quantize_weights(index) if todo[index] else self._read_back(index)
-            if inputs is not None:
-                weights, float_path = self._reconstruct(index, weights, inputs, float_path, paths, todo[index])
+            if walk is not None:
+                weights = self._fit_and_move(index, weights, walk, todo[index])
             if todo[index]:
                 self._write_block(index, name, weights)
             self.progress.block_done(BlockReport(index, len(todo), self._errors(index, weights), not todo[index]))
@@ -166,12 +173,13 @@ class _Run:
         }
         self.sensitivity = fisher(self.model, self.calibration.tokens, parameters, self.progress.calibrating)
 
-    def _capture(self) -> BlockInputs:
+    def _walk(self) -> _Walk:
         assert self.calibration is not None
         batch = self.recipe.batch
         tokens = self.calibration.tokens
         batches = [b for b in tokens.split(batch) if len(b) == batch] or [tokens]
-        return capture(self.model, self.blocks, batches)
+        inputs = capture(self.model, self.blocks, batches)
+        return _Walk(inputs, list(inputs.hidden), {p: list(inputs.hidden) for p in self.recipe.precisions})
 
     def _quantize_weights(self, index: int) -> dict[str, PlaneWeight]:
         return {t.module: self._quantize_one(index, t) for t in self.targets[index]}
@@ -185,27 +193,24 @@ class _Run:
             return anyprecision.quantize_matrix(weight, flat, recipe.precisions)
         return anybcq.quantize_matrix(weight, recipe.precisions, recipe.group_size, recipe.symmetric, recipe.rounds)
 
-    def _reconstruct(
-        self,
-        index: int,
-        weights: dict[str, PlaneWeight],
-        inputs: BlockInputs,
-        float_path: list[torch.Tensor],
-        paths: dict[int, list[torch.Tensor]],
-        tune: bool,
-    ) -> tuple[dict[str, PlaneWeight], list[torch.Tensor]]:
-        """Tune the levels of each precision, then move every path behind this block; `paths` changes in place."""
-        runner = BlockRunner(self.blocks[index], inputs.arguments[index])
-        targets = self.targets[index]
+    def _fit_and_move(
+        self, index: int, weights: dict[str, PlaneWeight], walk: _Walk, fit: bool
+    ) -> dict[str, PlaneWeight]:
+        """Fit the block's weights to the data, then move every path of `walk` behind this block."""
+        recipe, targets = self.recipe, self.targets[index]
+        runner = BlockRunner(self.blocks[index], walk.inputs.arguments[index])
         like = dict(runner.block.named_parameters())
-        wanted = runner.run_all(float_path)
-        for p in self.recipe.precisions:
-            if tune:
-                weights = block_tuning.tune(runner, targets, weights, p, float_path, paths[p], wanted, self.recipe)
+        if fit and recipe.uses_hessian and recipe.data_aware is not None:
+            weights = layerwise.improve_block(runner, targets, weights, walk.float_path, walk.paths, recipe.data_aware)
+        wanted = runner.run_all(walk.float_path)
+        for p, path in walk.paths.items():
+            if fit and recipe.reconstructs:
+                weights = block_tuning.tune(runner, targets, weights, p, walk.float_path, path, wanted, recipe)
             with torch.no_grad():
                 replaced = block_tuning.dense(weights, targets, p, like)
-            paths[p] = runner.run_all(paths[p], lambda replaced=replaced: replaced)  # type: ignore[misc]
-        return weights, wanted
+            walk.paths[p] = runner.run_all(path, lambda replaced=replaced: replaced)  # type: ignore[misc]
+        walk.float_path = wanted
+        return weights
 
     def _write_block(self, index: int, name: str, weights: dict[str, PlaneWeight]) -> None:
         block = self.blocks[index]

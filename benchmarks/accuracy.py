@@ -1,0 +1,255 @@
+"""Measure how far each way to quantize leaves a model from its float self: JSON lines, one a variant and seed.
+
+    python benchmarks/accuracy.py --model MODEL --calibration train.txt --text held_out.txt --out accuracy.jsonl
+
+The gap at a precision is ln perplexity minus that of the float model on the same windows. Seeds choose the
+calibration windows; all variants of a seed see the same ones. A variant that is in the output already is skipped,
+so a stopped run goes on. `--table` prints medians and spreads of a finished file as Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import platform
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import transformers
+
+import anybits
+from anybits.checkpoint import CheckpointReader, checkpoint_files
+from anybits.config import DataAware, Recipe, StoredConfig, parse_precisions
+from anybits.evaluate.perplexity import score, split_windows
+from anybits.integrations import transformers as hf
+from anybits.quantize import layerwise, pipeline
+from anybits.quantize.blocks import BlockRunner, capture
+from anybits.quantize.calibration import Calibration, sample_windows
+from anybits.quantize.targets import find_blocks, find_targets, matrix
+from anybits.weight import AffineLevels, PlaneWeight, group_columns, group_count
+
+Dense = dict[int, dict[str, torch.Tensor]]
+"""Precision -> parameter name -> the matrix that takes its place."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """The model and what a variant may use of it."""
+
+    model: torch.nn.Module
+    calibration: Calibration
+    recipe: Recipe
+
+
+def run_recipe(job: Job) -> Dense:
+    """Quantize as `anybits quantize` does, into a folder that is thrown away."""
+    config = hf.plain_config(job.model)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out"
+        text = job.calibration if job.recipe.needs_text else None
+        stored = pipeline.quantize(job.model, config, job.recipe, text, out, anybits.__version__)
+        return read_back(job.model, out, stored)
+
+
+def read_back(model: torch.nn.Module, folder: Path, stored: StoredConfig) -> Dense:
+    """Return the dequantized matrices of a finished checkpoint."""
+    reader = CheckpointReader(checkpoint_files(folder), stored)
+    prefix, blocks = find_blocks(model)
+    dense: Dense = {p: {} for p in stored.precisions}
+    for index, block in enumerate(blocks):
+        for target in find_targets(block):
+            where = f"{prefix}.{index}"
+            weight = reader.read(f"{where}.{target.module}", target.in_features, stored.precisions)
+            for p in stored.precisions:
+                dense[p][f"{where}.{target.parameter}"] = weight.dequantize(p)
+    return dense
+
+
+def nearest(weight: torch.Tensor, p: int, group_size: int) -> PlaneWeight:
+    """Round to the nearest of 2**p equal steps between each group's least and greatest value."""
+    from anybits import bits
+
+    rows, columns = weight.shape
+    size, groups = group_columns(group_size, columns), group_count(group_size, columns)
+    parts = weight.split(size, dim=1)
+    low = torch.stack([part.amin(1) for part in parts], 1)
+    step = (torch.stack([part.amax(1) for part in parts], 1) - low).clamp_min(1e-8) / (2**p - 1)
+    offset = (low + step * (2**p - 1) / 2).half()
+    scales = torch.stack([(step * 2.0 ** (p - 2 - i)).half() for i in range(p)])
+    spread = [t.float().repeat_interleave(size, 1)[:, :columns] for t in (low, step)]
+    codes = ((weight - spread[0]) / spread[1]).round().clamp(0, 2**p - 1).to(torch.uint8)
+    assert scales.shape == (p, rows, groups)
+    return PlaneWeight(bits.codes_to_planes(codes, p), columns, AffineLevels(group_size, {p: scales}, {p: offset}))
+
+
+def uniform(job: Job, settings: DataAware | None) -> Dense:
+    """Quantize to equal steps at each precision alone: round to nearest, or GPTQ when `settings` say so."""
+    dense: Dense = {}
+    prefix, blocks = find_blocks(job.model)
+    batches = list(job.calibration.tokens.split(job.recipe.batch))
+    inputs = capture(job.model, blocks, batches)
+    for p in job.recipe.precisions:
+        dense[p], path, float_path = {}, list(inputs.hidden), list(inputs.hidden)
+        for index, block in enumerate(blocks):
+            runner = BlockRunner(block, inputs.arguments[index])
+            targets = find_targets(block)
+            found = {
+                t.module: nearest(matrix(block.get_parameter(t.parameter)), p, job.recipe.group_size) for t in targets
+            }
+            if settings is not None:
+                found = layerwise.improve_block(runner, targets, found, float_path, {p: path}, settings)
+            replaced = {t.parameter: found[t.module].dequantize(p) for t in targets}
+            dense[p].update({f"{prefix}.{index}.{name}": value for name, value in replaced.items()})
+            if settings is not None:
+                path = runner.run_all(path, lambda replaced=replaced: replaced)
+                float_path = runner.run_all(float_path)
+    return dense
+
+
+def alone(job: Job) -> Dense:
+    """Quantize at each precision by itself: what sharing planes costs is the difference."""
+    dense: Dense = {}
+    for p in job.recipe.precisions:
+        dense |= run_recipe(replace(job, recipe=replace(job.recipe, precisions=(p,))))
+    return dense
+
+
+NO_DATA = {"preset": "default", "data_aware": None}
+OURS = DataAware()
+PLAIN = DataAware(feedback=False, descents=0, refit_sweeps=0, codebook_iterations=0, correction=0.0)
+GPTQ = replace(PLAIN, feedback=True)
+
+Variant = tuple[Callable[[Job], Dense], dict[str, object]]
+VARIANTS: dict[str, Variant] = {
+    "round to nearest": (lambda job: uniform(job, None), {}),
+    "GPTQ": (lambda job: uniform(job, GPTQ), {}),
+    "AnyBCQ, codes only": (run_recipe, NO_DATA),
+    "AnyBCQ as published": (run_recipe, {"preset": "best", "data_aware": None}),
+    "AnyBCQ as published, alone": (alone, {"preset": "best", "data_aware": None}),
+    "+ refit": (run_recipe, {"data_aware": replace(PLAIN, refit_sweeps=2)}),
+    "+ joint feedback": (run_recipe, {"data_aware": replace(GPTQ, refit_sweeps=2)}),
+    "+ descent": (run_recipe, {"data_aware": replace(GPTQ, refit_sweeps=2, descents=OURS.descents)}),
+    "+ corrected targets (default)": (run_recipe, {}),
+    "ours, default, alone": (alone, {}),
+    "ours, best": (run_recipe, {"preset": "best"}),
+    "ours, best, alone": (alone, {"preset": "best"}),
+    "Any-Precision as published": (run_recipe, {"method": "any-precision", "data_aware": None}),
+    "Any-Precision as published, alone": (alone, {"method": "any-precision", "data_aware": None}),
+    "Any-Precision, ours": (run_recipe, {"method": "any-precision"}),
+    "Any-Precision, ours, alone": (alone, {"method": "any-precision"}),
+}
+
+
+@torch.no_grad()
+def losses(model: torch.nn.Module, windows: list[torch.Tensor], dense: Dense) -> dict[int, float]:
+    """Return ln perplexity with each precision's matrices in place; key 16 is the float model."""
+    kept = {name: model.get_parameter(name).clone() for name in next(iter(dense.values()), {})}
+    found = {}
+    for p, matrices in {16: {}, **dense}.items():
+        for name, value in (kept | matrices).items():
+            model.get_parameter(name).copy_(value.view(kept[name].shape))
+        scores, _ = score(windows, [lambda tokens: model(input_ids=tokens, use_cache=False).logits], None)
+        found[p] = scores[0].nll / scores[0].tokens
+    for name, value in kept.items():
+        model.get_parameter(name).copy_(value)
+    return found
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """Run every variant that was asked for and is not in the output yet."""
+    model = hf.load_float_model(arguments.model, dtype=torch.float32)
+    encode = hf.encoder(hf.load_tokenizer(arguments.model))
+    windows = split_windows(encode(Path(arguments.text).read_text("utf-8")), 512, arguments.max_tokens)
+    text = Path(arguments.calibration).read_text("utf-8")
+    done = {(r["variant"], r["seed"]) for r in read(arguments.out)}
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    base = losses(model, windows, {})[16]
+    for seed in arguments.seeds:
+        calibration = sample_windows([text], encode, arguments.samples, 512, seed, "calibration text")
+        for name in arguments.variants or VARIANTS:
+            run, changes = VARIANTS[name]
+            if (name, seed) in done:
+                continue
+            precisions = parse_precisions(arguments.precisions)
+            start = Recipe(precisions=precisions, seed=seed, samples=arguments.samples, steps=arguments.steps)
+            recipe = replace(start, **changes)
+            began, worked = time.perf_counter(), time.process_time()
+            dense = run(Job(model, calibration, recipe))
+            seconds, worked = time.perf_counter() - began, time.process_time() - worked
+            found = losses(model, windows, dense)
+            gaps = {p: round(value - base, 6) for p, value in found.items() if p != 16}
+            line = {
+                "variant": name,
+                "seed": seed,
+                "gap": gaps,
+                "float_ln_ppl": round(base, 6),
+                "seconds": round(seconds, 1),
+                "cpu_seconds": round(worked, 1),
+                "model": Path(arguments.model).name,
+                "text_tokens": sum(w.numel() for w in windows),
+                "recipe": recipe.to_dict(),
+                "commit": commit.stdout.strip(),
+                "versions": {
+                    "python": platform.python_version(),
+                    "torch": torch.__version__,
+                    "transformers": transformers.__version__,
+                },
+                "threads": torch.get_num_threads(),
+            }
+            with arguments.out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            shown = "  ".join(f"{p}: {gap:+.4f}" for p, gap in gaps.items())
+            print(f"{name:36s} seed {seed}  {shown}  {seconds:.0f} s", flush=True)
+
+
+def read(path: Path) -> list[dict]:
+    """Return the lines of an output file, none where there is no file."""
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+
+
+def table(lines: list[dict]) -> str:
+    """Return the median gap of each variant and precision, with the seeds' least and greatest, as Markdown."""
+    precisions = sorted({int(p) for line in lines for p in line["gap"]})
+    rows = ["| | " + " | ".join(f"{p} bits" for p in precisions) + " | seconds |", "|---" * (len(precisions) + 2) + "|"]
+    for name in dict.fromkeys(line["variant"] for line in lines):
+        own = [line for line in lines if line["variant"] == name]
+        cells = []
+        for p in precisions:
+            gaps = [line["gap"][str(p)] for line in own if str(p) in line["gap"]]
+            spread = f" ({min(gaps):.4f}–{max(gaps):.4f})" if len(gaps) > 1 else ""
+            cells.append(f"{statistics.median(gaps):.4f}{spread}" if gaps else "")
+        rows.append(f"| {name} | " + " | ".join(cells) + f" | {statistics.median(r['seconds'] for r in own):.0f} |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    """Read the arguments and measure, or print the table of what was measured."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder of the float model")
+    parser.add_argument("--calibration", help="text file for calibration")
+    parser.add_argument("--text", help="text file to predict, apart from the calibration text")
+    parser.add_argument("--out", type=Path, required=True, help="JSON lines, appended to")
+    parser.add_argument("--precisions", default="2-4")
+    parser.add_argument("--variants", nargs="*", choices=list(VARIANTS), help="default: all")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--samples", type=int, default=128, help="calibration windows of 512 tokens")
+    parser.add_argument("--steps", type=int, default=200, help="of block reconstruction, where a variant has it")
+    parser.add_argument("--max-tokens", type=int, default=24_576, help="of the text to predict")
+    parser.add_argument("--table", action="store_true", help="print the table of --out and measure nothing")
+    arguments = parser.parse_args()
+    logging.disable(logging.WARNING)
+    if arguments.table:
+        print(table(read(arguments.out)))
+    else:
+        measure(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""Codes that know the data: nested codes and levels of a layer chosen together under its Hessians.
+
+Start from the data-free levels; choose all codes in one pass with error feedback at every precision; then in
+turn refit the levels under the full Hessian and choose the codes anew. A row that ends up worse than the
+data-free codes at any precision gets those back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from anybits import bits
+from anybits.config import DataAware
+from anybits.errors import AnybitsError
+from anybits.quantize import families, linalg, refit
+from anybits.quantize.families import Family
+from anybits.quantize.hessian import Layout, Moments, Problem, layout, problem
+from anybits.quantize.nested_codes import Search, descent_pass, feedback_pass
+from anybits.weight import AffineLevels, PlaneWeight, from_tensors, group_columns
+
+# Elements of one `[P, K, N]` tensor of a chunk of rows; about five of them are alive.
+CHUNK = 1 << 24
+TINY = 1e-20
+
+
+@dataclass
+class _State:
+    """Codes uint8 `[K, N]` of a chunk of rows, the levels `[P, K, N]` they stand for, and where these come from."""
+
+    codes: torch.Tensor
+    levels: torch.Tensor
+    family: Family
+
+    def copy(self) -> _State:
+        return _State(self.codes.clone(), self.levels.clone(), self.family.copy())
+
+
+def improve(weight: torch.Tensor, start: PlaneWeight, moments: Moments, settings: DataAware) -> PlaneWeight:
+    """Return `start` with codes and levels that fit the layer's inputs better at every precision, row by row.
+
+    weight: float `[N, K]`, what `start` quantizes without data, of either method; moments: of the layer's inputs at
+    start's precisions. No row's error (q - w*) H (q - w*)^T, H damped, is above that of `start` at any precision.
+    """
+    size = start.in_features
+    if isinstance(start.levels, AffineLevels):
+        size = group_columns(start.levels.group_size, start.in_features)
+    columns = layout(moments.hessian, size, settings.column_order == "energy")
+    stated = problem(moments.reorder(columns.order), settings.damping, settings.correction)
+    step = max(1, CHUNK // (len(start.precisions) * start.in_features))
+    starts = range(0, start.out_features, step)
+    parts: list[PlaneWeight] = [start] * len(starts)
+
+    def work(r: int) -> None:
+        stop = min(r + step, start.out_features)
+        parts[r // step] = _improve_rows(weight[r:stop], start.rows(r, stop), stated, columns, settings)
+
+    linalg.for_each_chunk(work, starts, weight.device)
+    return join_rows(parts)
+
+
+def _improve_rows(
+    weight: torch.Tensor, start: PlaneWeight, stated: Problem, columns: Layout, settings: DataAware
+) -> PlaneWeight:
+    targets = stated.targets(weight.float()[:, columns.order])
+    before = _unpacked(start, columns, settings)
+    search = Search(start.precisions, settings.exhaustive, settings.beam)
+    state = _search(before.copy(), targets, stated, columns, search, settings)
+    after = _finished(state)
+    fallback = before.copy()
+    _refit(fallback, targets, stated)
+    fallback = _finished(fallback)
+    limit = _losses(before, targets, stated)
+    # Rounded levels can be a hair worse than data-free ones where those are already the best there are.
+    refitted = (_losses(fallback, targets, stated) <= limit).all(0)
+    fallback = _chosen(refitted, fallback, before)
+    return _packed(_chosen((_losses(after, targets, stated) <= limit).all(0), after, fallback), start, columns)
+
+
+def _search(
+    state: _State, targets: torch.Tensor, stated: Problem, columns: Layout, search: Search, settings: DataAware
+) -> _State:
+    """Feedback pass, then refits and descents in turn."""
+    group_of = columns.group_of()
+    shares = _shares(settings, search.precisions, targets)
+    if settings.feedback:
+        pivots = stated.factors.diagonal(dim1=1, dim2=2).square()[:, :, None]
+        expected = ((state.levels - targets).square() / pivots).sum(1)
+        state.codes, state.levels = feedback_pass(
+            targets, stated.factors, _weights(expected, shares, settings), state.family.tables, group_of, search
+        )
+    _refit(state, targets, stated)
+    for _ in range(settings.descents):
+        weights = _weights(_losses(state, targets, stated), shares, settings)
+        errors = state.levels - targets
+        tables = state.family.tables
+        descent_pass(errors, stated.hessians, weights, state.codes, state.levels, tables, group_of, search)
+        _refit(state, targets, stated)
+    return state
+
+
+def _shares(settings: DataAware, precisions: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    """Return what each precision's relative error counts: `[P, 1]`."""
+    # The lowest counts twice: every other one builds on its planes, and all gained when this was measured.
+    given = settings.precision_weights or (2.0,) + (1.0,) * (len(precisions) - 1)
+    if len(given) != len(precisions):
+        raise AnybitsError(f"{len(given)} precision weights are given for {len(precisions)} precisions")
+    return torch.tensor(given, dtype=like.dtype, device=like.device)[:, None]
+
+
+def _weights(losses: torch.Tensor, shares: torch.Tensor, settings: DataAware) -> torch.Tensor:
+    """Return what a unit of each precision's error costs `[P, N]`.
+
+    At balance 1 relative errors count, the sum of their logarithms falls, and no precision is starved by
+    another's larger error; at balance 0 absolute errors count, which are the coarsest precision's.
+    """
+    return shares / losses.clamp_min(TINY).pow(settings.balance)
+
+
+def _refit(state: _State, targets: torch.Tensor, stated: Problem) -> None:
+    if state.family.effort:
+        for i in range(len(targets)):
+            errors = state.levels[i] - targets[i]
+            state.family.refit(i, errors, stated.hessians[i], state.codes)
+            state.levels[i] = targets[i] + errors
+
+
+def _losses(state: _State, targets: torch.Tensor, stated: Problem) -> torch.Tensor:
+    errors = state.levels - targets
+    return torch.stack([refit.loss(e, h) for e, h in zip(errors, stated.hessians, strict=True)])
+
+
+def _finished(state: _State) -> _State:
+    """Return the state with levels as they are stored."""
+    family = state.family.rounded()
+    return _State(state.codes, family.levels(state.codes), family)
+
+
+def _chosen(better: torch.Tensor, one: _State, other: _State) -> _State:
+    """Return `one` in rows where `better` `[N]`, else `other`."""
+    codes = torch.where(better, one.codes, other.codes)
+    levels = torch.where(better, one.levels, other.levels)
+    return _State(codes, levels, one.family.chosen(better, other.family))
+
+
+def _unpacked(start: PlaneWeight, columns: Layout, settings: DataAware) -> _State:
+    codes = bits.planes_to_codes(start.planes, start.planes.shape[0], start.in_features)
+    codes = codes >> (start.planes.shape[0] - start.max_precision)
+    codes = codes[:, columns.order].T.contiguous()
+    family = families.family(start.levels, columns, settings.refit_sweeps, settings.codebook_iterations)
+    return _State(codes, family.levels(codes), family)
+
+
+def _packed(state: _State, start: PlaneWeight, columns: Layout) -> PlaneWeight:
+    codes = state.codes[columns.order.argsort()].T.contiguous()
+    return PlaneWeight(bits.codes_to_planes(codes, start.max_precision), start.in_features, state.family.stored())
+
+
+def join_rows(parts: list[PlaneWeight]) -> PlaneWeight:
+    """Return weights of the same kind, precisions and columns as one, their rows one after another."""
+    tensors = [part.tensors() for part in parts]
+    # Scales are [p, N, G] and planes [P, N, words]; offsets and centroids have rows first.
+    joined = {
+        name: torch.cat([t[name] for t in tensors], dim=1 if name.startswith(("planes", "scales")) else 0)
+        for name in tensors[0]
+    }
+    levels = parts[0].levels
+    group_size = levels.group_size if isinstance(levels, AffineLevels) else None
+    return from_tensors(joined, parts[0].in_features, group_size)

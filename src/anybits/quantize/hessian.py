@@ -1,0 +1,210 @@
+"""What a linear layer sees: second moments of its inputs, collected block by block on the quantized path.
+
+A layer that becomes Q answers a quantized input x' where the float model gave W x. The squared error summed over
+tokens, |Q X' - W X|^2, has the Hessian H = X'^T X' and its minimum not at W but at W C H^-1 with C = X^T X'
+(GPTAQ, arXiv 2504.02692, uses the same shift): a layer makes up for what the layers before it did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from anybits.quantize.blocks import BlockRunner
+from anybits.quantize.targets import Target
+
+
+@dataclass
+class Moments:
+    """Second moments of a layer's inputs at each precision.
+
+    hessian: X'^T X', float32 `[P, K, K]`; cross: X^T X' with the float path's X, or None where it is not wanted.
+    """
+
+    hessian: torch.Tensor
+    cross: torch.Tensor | None
+
+    def reorder(self, order: torch.Tensor) -> Moments:
+        """Return the moments with columns permuted: column i of the result is column order[i]."""
+        cross = None if self.cross is None else self.cross[:, order][:, :, order]
+        return Moments(self.hessian[:, order][:, :, order], cross)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A layer's quadratic problem at each precision: minimise (q - w*) H (q - w*)^T for each row.
+
+    hessians: damped, of mean diagonal 1, float32 `[P, K, K]`; factors: upper Cholesky factors of their inverses; shifts
+    `[P, K, K]` or None: w* = shift @ w for column vectors w.
+    """
+
+    hessians: torch.Tensor
+    factors: torch.Tensor
+    shifts: torch.Tensor | None
+
+    def targets(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return w* `[P, K, N]` of rows `[N, K]`."""
+        columns = weight.T.contiguous()
+        if self.shifts is None:
+            return columns.expand(len(self.hessians), -1, -1)
+        return torch.matmul(self.shifts, columns)
+
+
+def problem(moments: Moments, damping: float, correction: float) -> Problem:
+    """Return the quadratic problem of moments.
+
+    damping: added to the diagonal, relative to its mean, so that directions the text never showed keep the weights
+    near their values; correction: share of the way from W to W C H^-1 that the target goes.
+    """
+    hessians, factors, shifts = [], [], []
+    for i, moment in enumerate(moments.hessian):
+        # A layer that saw nothing is as good as one that saw white noise.
+        mean = moment.diagonal().double().mean()
+        mean = mean if mean > 0 else mean + 1
+        h = moment.double() / mean
+        h.diagonal().add_(damping if moment.any() else 1.0)
+        if moments.cross is not None and correction:
+            change = correction * (moments.cross[i] - moment).double().T / mean
+            shift = torch.cholesky_solve(change, torch.linalg.cholesky(h))
+            shift.diagonal().add_(1)
+            shifts.append(shift.float())
+        hessians.append(h.float())
+        factors.append(_factor(h))
+    return Problem(torch.stack(hessians), torch.stack(factors), torch.stack(shifts) if shifts else None)
+
+
+def _factor(hessian: torch.Tensor) -> torch.Tensor:
+    """Return the upper Cholesky factor of the inverse: float32 `[K, K]` from float64."""
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    return torch.linalg.cholesky(inverse, upper=True).float()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The order in which a matrix's columns are chosen: column i of the pass is column order[i] of the matrix.
+
+    bounds: the columns of each group in the pass; groups: which group of the matrix each is.
+    """
+
+    order: torch.Tensor
+    bounds: tuple[slice, ...]
+    groups: torch.Tensor
+
+    def group_of(self) -> list[int]:
+        """Return for each column of the pass the number of its group in the pass."""
+        return [g for g, part in enumerate(self.bounds) for _ in range(part.start, part.stop)]
+
+
+def layout(hessians: torch.Tensor, size: int, by_energy: bool) -> Layout:
+    """Return the columns in groups of `size`, as they are or by falling energy, the mean diagonal of `[P, K, K]`.
+
+    By energy means GPTQ's act-order kept inside of groups, so that one group's levels at a time are needed:
+    groups by the mean of their columns, then the columns of each.
+    """
+    diagonal = hessians.diagonal(dim1=1, dim2=2).mean(0)
+    parts = diagonal.split(size)
+    groups = torch.arange(len(parts), device=diagonal.device)
+    columns = [torch.arange(len(part), device=diagonal.device) for part in parts]
+    if by_energy:
+        groups = torch.stack([part.mean() for part in parts]).argsort(descending=True, stable=True)
+        columns = [part.argsort(descending=True, stable=True) for part in parts]
+    ends = torch.tensor([len(parts[g]) for g in groups.tolist()]).cumsum(0).tolist()
+    bounds = tuple(slice(a, b) for a, b in zip([0, *ends], ends, strict=False))
+    return Layout(torch.cat([columns[g] + g * size for g in groups.tolist()]), bounds, groups)
+
+
+class _Reached(Exception):
+    """Raised by a hook once all inputs that are wanted are known."""
+
+
+class Watch:
+    """Collects the inputs of some linear layers of a block while it runs."""
+
+    def __init__(self, runner: BlockRunner, modules: list[str]) -> None:
+        self.runner, self.modules = runner, modules
+
+    @torch.no_grad()
+    def inputs(
+        self, hidden: torch.Tensor, weights: Mapping[str, torch.Tensor] | None, whole: bool = False
+    ) -> dict[str, torch.Tensor]:
+        """Return module -> its input as rows `[tokens, K]`, in the order of the calls; modules never called are absent.
+
+        whole: run the block to its end; otherwise stop once every module has been called.
+        """
+        seen: dict[str, torch.Tensor] = {}
+
+        def hook(name: str, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
+            x = args[0] if args else kwargs["input"]
+            seen[name] = x.reshape(-1, x.shape[-1]) if x.ndim != 2 else x
+            if not whole and len(seen) == len(self.modules):
+                raise _Reached
+
+        handles = [
+            self.runner.block.get_submodule(name).register_forward_pre_hook(
+                lambda _, args, kwargs, name=name: hook(name, args, kwargs), with_kwargs=True
+            )
+            for name in self.modules
+        ]
+        try:
+            self.runner(hidden, weights)
+        except _Reached:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        return seen
+
+
+def stages(runner: BlockRunner, targets: list[Target], hidden: torch.Tensor) -> list[list[str]]:
+    """Return the block's linear layers in the order of their calls, those with the same input together.
+
+    Layers that this input does not reach, such as unused experts, and fused experts are left out.
+    """
+    modules = dict(runner.block.named_modules())
+    linear = [t.module for t in targets if isinstance(modules.get(t.module), nn.Linear)]
+    seen = Watch(runner, linear).inputs(hidden, None, whole=True)
+    found: dict[tuple[int, torch.Size], list[str]] = {}
+    for name, x in seen.items():  # all alive, so equal addresses mean the same tensor
+        found.setdefault((x.data_ptr(), x.shape), []).append(name)
+    return list(found.values())
+
+
+def collect(
+    runner: BlockRunner,
+    groups: list[list[str]],
+    float_path: list[torch.Tensor],
+    paths: list[list[torch.Tensor]],
+    replaced: Sequence[Mapping[str, torch.Tensor]],
+    cross: bool,
+) -> list[Moments]:
+    """Return the moments of the inputs that the linear layers of each of `groups` share.
+
+    float_path: the block's inputs `[batch, tokens, hidden]` from the float model; paths: for each precision those from
+    the model quantized so far; replaced: for each precision the weights of this block that are quantized
+    already. Tokens that the two paths route differently, to other experts, count without a cross moment.
+    """
+    firsts = [group[0] for group in groups]
+    watch = Watch(runner, firsts)
+    sums = [_zeros(runner, name, len(paths), cross) for name in firsts]
+    for index, hidden in enumerate(float_path):
+        wanted = watch.inputs(hidden, None) if cross else {}
+        for i, path in enumerate(paths):
+            found = watch.inputs(path[index], replaced[i])
+            for name, moments in zip(firsts, sums, strict=True):
+                if name not in found:
+                    continue
+                x, like = found[name], wanted.get(name)
+                moments.hessian[i].addmm_(x.T, x)
+                if moments.cross is not None:
+                    moments.cross[i].addmm_((x if like is None or like.shape != x.shape else like).T, x)
+    return sums
+
+
+def _zeros(runner: BlockRunner, name: str, precisions: int, cross: bool) -> Moments:
+    layer = runner.block.get_submodule(name)
+    assert isinstance(layer, nn.Linear)
+    hessian = torch.zeros(precisions, layer.in_features, layer.in_features)
+    return Moments(hessian, torch.zeros_like(hessian) if cross else None)

@@ -1,0 +1,150 @@
+"""Attention of one packed forward: each row sees the positions of its own sequence, read from KV blocks."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+
+from anybits.serve.kv import BLOCK, KVCache, LayerShape, blocks_for
+
+
+def bucket(blocks: int) -> int:
+    """Return the padded length in blocks, at most half as much again.
+
+    Decode rows of one bucket attend together. It depends on the sequence alone, never on its neighbours,
+    so a sequence is computed over the same padded length in every batch.
+    """
+    half = 1 << max(blocks - 1, 0).bit_length() - 1 if blocks > 1 else 1
+    return next(size for size in (half, half + half // 2, 2 * half) if size >= blocks)
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    visible: torch.Tensor,
+    scaling: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Return softmax(cap(q @ k.T * scaling)) @ v `[..., Q, Dv]`; visible: bool, broadcast to `[..., Q, L]`."""
+    scores = (query @ key.transpose(-1, -2)).float() * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    return scores.masked_fill_(~visible, -torch.inf).softmax(-1).to(value.dtype) @ value
+
+
+@dataclass(frozen=True)
+class Span:
+    """Rows `start ... stop - 1` of the packed batch: one sequence from position `first` on, in `blocks`."""
+
+    start: int
+    stop: int
+    first: int
+    blocks: list[int]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Sequences that attend together: `rows` `[B, Q]` of the batch over `slots` `[B, L]` of the pools.
+
+    distance `[B, Q, L]`: how far a slot's position lies before the row's; negative is the future.
+    """
+
+    rows: torch.Tensor
+    slots: torch.Tensor
+    distance: torch.Tensor
+
+    @classmethod
+    def of(cls, spans: list[Span], length: int, device: torch.device) -> _Part:
+        """Build for spans of equal numbers of rows, padded to `length` blocks."""
+        # Padding repeats a sequence's own last block: no sequence ever touches the numbers of another.
+        tables = [(s.blocks + s.blocks[-1:] * length)[:length] for s in spans]
+        slots = (torch.tensor(tables)[..., None] * BLOCK + torch.arange(BLOCK)).flatten(1)
+        steps = torch.arange(spans[0].stop - spans[0].start)
+        rows = torch.tensor([s.start for s in spans])[:, None] + steps
+        positions = torch.tensor([s.first for s in spans])[:, None] + steps
+        distance = positions[..., None] - torch.arange(length * BLOCK)
+        return cls(rows.to(device), slots.to(device), distance.to(device))
+
+
+class PagedAttention:
+    """Stores the keys and values of a batch and attends over them, for every layer of one forward."""
+
+    def __init__(self, spans: list[Span], cache: KVCache, device: torch.device) -> None:
+        self._cache = cache
+        stored = [torch.arange(s.first, s.first + s.stop - s.start) for s in spans]
+        slots = [torch.tensor(s.blocks)[p // BLOCK] * BLOCK + p % BLOCK for s, p in zip(spans, stored, strict=True)]
+        self._new_slots = torch.cat(slots).to(device)
+        together: dict[tuple[int, ...], list[Span]] = defaultdict(list)
+        for span in spans:
+            rows = span.stop - span.start
+            length = bucket(blocks_for(span.first + rows))
+            together[(length,) if rows == 1 else (length, span.start)].append(span)
+        self._parts = [_Part.of(group, key[0], device) for key, group in together.items()]
+
+    def __call__(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """Return `[T, H, Dv]` for query `[H, T, D]`, key `[Hkv, T, D]` and value `[Hkv, T, Dv]`."""
+        keys, values = self._cache.keys[layer], self._cache.values[layer]
+        keys.index_copy_(1, self._new_slots, key)
+        values.index_copy_(1, self._new_slots, value)
+        heads, count, _ = query.shape
+        out = query.new_empty(heads, count, value.shape[-1])
+        for part in self._parts:
+            out[:, part.rows.flatten()] = self._attend(part, query, keys, values, scaling, window, softcap)
+        return out.transpose(0, 1)
+
+    @staticmethod
+    def _attend(
+        part: _Part,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """Return `[H, B * Q, Dv]`; the query heads that share a key head lie in one matrix product."""
+        batch, rows = part.rows.shape
+        kv_heads, shared = keys.shape[0], query.shape[0] // keys.shape[0]
+        k = keys.index_select(1, part.slots.flatten()).view(kv_heads, batch, -1, keys.shape[-1])
+        v = values.index_select(1, part.slots.flatten()).view(kv_heads, batch, -1, values.shape[-1])
+        q = query.index_select(1, part.rows.flatten()).view(kv_heads, shared, batch, rows, -1)
+        q = q.transpose(1, 2).reshape(kv_heads, batch, shared * rows, -1)
+        visible = part.distance >= 0
+        if window is not None:
+            visible = visible & (part.distance < window)
+        out = attend(q, k, v, visible.repeat(1, shared, 1), scaling, softcap)
+        out = out.view(kv_heads, batch, shared, rows, -1).transpose(1, 2)
+        return out.reshape(query.shape[0], batch * rows, -1)
+
+
+class ShapeProbe:
+    """Records what every layer of a model keeps, from one forward of one row."""
+
+    def __init__(self) -> None:
+        self.shapes: dict[int, LayerShape] = {}
+
+    def __call__(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """Return zeros `[T, H, Dv]` and remember the layer."""
+        self.shapes[layer] = LayerShape(key.shape[0], key.shape[-1], value.shape[-1])
+        return query.new_zeros(query.shape[1], query.shape[0], value.shape[-1])

@@ -1,0 +1,120 @@
+"""`"precision": "auto"`: the highest precision that meets latency targets under the present load."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+SMOOTHING = 0.2
+"""Weight of the newest step in the average step time: about ten steps of memory."""
+
+PATIENCE = 3
+"""Steps in a row above a target before the precision falls: one slow step is no load."""
+
+HOLD_S = 1.0
+"""Seconds with room to spare before the precision rises, and of silence before it starts at the top again."""
+
+MAX_HOLD_S = 60.0
+"""The hold doubles up to this whenever a rise had to be taken back, so that it does not swing."""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Milliseconds a token after the first may take, and the first; None is no target."""
+
+    tpot_ms: float | None = None
+    ttft_ms: float | None = None
+
+
+@dataclass(frozen=True)
+class Load:
+    """One step as the policy sees it: how long it took, and how long the oldest request waits for its first token."""
+
+    now: float
+    step_s: float
+    oldest_wait_s: float
+
+
+class Controller:
+    """The present precision for one pair of targets; all automatic requests with these targets share it.
+
+    It falls when a target is missed for PATIENCE steps. It rises after the hold when the targets would
+    still be met if time grew like the planes that are read, which is the most that it can grow.
+    """
+
+    def __init__(self, precisions: tuple[int, ...], targets: Targets) -> None:
+        self.targets = targets
+        self.changes: Counter[str] = Counter()
+        self._precisions = precisions
+        self._level = len(precisions) - 1
+        self._hold = HOLD_S
+        self._seen = self._rose = float("-inf")
+        self._step_s, self._missed, self._relaxed_since = 0.0, 0, 0.0
+
+    @property
+    def precision(self) -> int:
+        """The precision at which the next rows run."""
+        return self._precisions[self._level]
+
+    def observe(self, load: Load) -> None:
+        """Take one step into account."""
+        if load.now - self._seen > max(HOLD_S, 2 * load.step_s):  # it was idle: what was learned is out of date
+            self._level, self._hold = len(self._precisions) - 1, HOLD_S
+            self._forget_load(load.now)
+        self._seen = load.now
+        weight = SMOOTHING if self._step_s else 1.0
+        self._step_s += weight * (load.step_s - self._step_s)
+        pressure = self._pressure(load)
+        self._missed = self._missed + 1 if pressure > 1 else 0
+        if pressure * self._growth() > 1:
+            self._relaxed_since = load.now
+        if self._missed >= PATIENCE and self._level > 0:
+            self._hold = min(2 * self._hold, MAX_HOLD_S) if load.now - self._rose < 2 * self._hold else HOLD_S
+            self._move(-1, load.now)
+        elif load.now - self._relaxed_since >= self._hold and self._level + 1 < len(self._precisions):
+            self._rose = load.now
+            self._move(+1, load.now)
+
+    def _pressure(self, load: Load) -> float:
+        """Return time over target: above 1 a target is missed."""
+        tpot = 0.0 if self.targets.tpot_ms is None else 1000 * self._step_s / self.targets.tpot_ms
+        ttft = 0.0 if self.targets.ttft_ms is None else 1000 * load.oldest_wait_s / self.targets.ttft_ms
+        return max(tpot, ttft)
+
+    def _growth(self) -> float:
+        """Return planes of the next higher precision over those of the present one."""
+        above = self._precisions[min(self._level + 1, len(self._precisions) - 1)]
+        return above / self.precision
+
+    def _move(self, by: int, now: float) -> None:
+        self._level += by
+        self.changes["up" if by > 0 else "down"] += 1
+        self._forget_load(now)
+
+    def _forget_load(self, now: float) -> None:
+        """Start measuring again: times of another precision say nothing about this one."""
+        self._step_s, self._missed, self._relaxed_since = 0.0, 0, now
+
+
+class Policy:
+    """The controllers of all pairs of targets in use."""
+
+    MOST = 64  # pairs of targets remembered; a client may name its own, so the number must be bounded
+
+    def __init__(self, precisions: tuple[int, ...], default: Targets) -> None:
+        self._precisions, self.default = precisions, default
+        self.controllers = {default: Controller(precisions, default)}
+
+    def controller(self, targets: Targets | None = None) -> Controller:
+        """Return the controller of `targets`, or of the server's own."""
+        targets = targets or self.default
+        if targets not in self.controllers:
+            if len(self.controllers) >= self.MOST:
+                del self.controllers[next(t for t in self.controllers if t != self.default)]
+            self.controllers[targets] = Controller(self._precisions, targets)
+        return self.controllers[targets]
+
+    def observe(self, load: Load) -> None:
+        """Let every controller take one step into account."""
+        for controller in self.controllers.values():
+            controller.observe(load)

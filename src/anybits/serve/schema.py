@@ -1,0 +1,245 @@
+"""The bodies of requests and answers, as OpenAI's clients know them, with the fields that precision adds."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Stop = Annotated[str, Field(min_length=1, max_length=256)]
+TokenId = Annotated[int, Field(ge=0)]
+
+UNSUPPORTED: dict[str, tuple[object, ...]] = {
+    "best_of": (None, 1),
+    "echo": (None, False),
+    "function_call": (None, "none"),
+    "functions": (None, []),
+    "logit_bias": (None, {}),
+    "response_format": (None, {"type": "text"}),
+    "suffix": (None, ""),
+    "tool_choice": (None, "none", "auto"),
+    "tools": (None, []),
+}
+"""Fields of OpenAI's API that would change the answer, with the values that ask for nothing: others are refused."""
+
+
+class StreamOptions(BaseModel):
+    """What a stream carries besides text."""
+
+    include_usage: bool = Field(False, description="Send one more chunk with the token counts before the end.")
+
+
+class GenerationRequest(BaseModel):
+    """What chat and completion have in common."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str | None = Field(None, description="The served name, or NAME:3bit for a precision. Default: the model.")
+    precision: int | Literal["auto"] | None = Field(
+        None, description="Bits to run at, or auto: the highest that meets the latency targets."
+    )
+    prefill_precision: int | None = Field(None, description="Bits for the prompt alone. Default: as precision.")
+    target_tpot_ms: float | None = Field(None, gt=0, le=1e6, description="auto: milliseconds a token may take.")
+    target_ttft_ms: float | None = Field(None, gt=0, le=1e6, description="auto: milliseconds to the first token.")
+    max_tokens: int | None = Field(None, ge=1, le=10_000_000)
+    temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy. Default: 1.")
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0, le=1_000_000, description="0 is all tokens.")
+    n: int | None = Field(None, ge=1, le=128)
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    ignore_eos: bool | None = Field(None, description="Go on after the token that ends a text.")
+    user: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_half_characters(cls, data: Any) -> Any:
+        try:
+            json.dumps(data, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("the body holds half a surrogate pair, which is no character") from None
+        return data
+
+    @model_validator(mode="after")
+    def _refuse_unsupported(self) -> GenerationRequest:
+        for name, value in (self.model_extra or {}).items():
+            if name in UNSUPPORTED and value not in UNSUPPORTED[name]:
+                raise ValueError(f"{name} is not supported: leave it out")
+        return self
+
+
+class ContentPart(BaseModel):
+    """A part of a message: only text is understood."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    """One message of a chat."""
+
+    model_config = ConfigDict(extra="allow")
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[ContentPart]
+
+    def plain(self) -> dict[str, str]:
+        """Return role and content as chat templates want them."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": self.role, "content": text}
+
+
+class ChatRequest(GenerationRequest):
+    """Body of /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)]
+    max_completion_tokens: int | None = Field(None, ge=1, le=10_000_000, description="Newer name of max_tokens.")
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+
+    @property
+    def limit(self) -> int | None:
+        """Tokens to write at most; None is as many as fit."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def logprob_count(self) -> int | None:
+        """Alternatives to report for each token; None is no log probabilities at all."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class CompletionRequest(GenerationRequest):
+    """Body of /v1/completions."""
+
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=128)]
+        | Annotated[list[TokenId], Field(min_length=1)]
+        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=128)]
+    )
+    logprobs: int | None = Field(None, ge=0, le=20)
+
+    @property
+    def limit(self) -> int | None:
+        """Tokens to write at most: 16 unless asked otherwise, as OpenAI has it."""
+        return self.max_tokens or 16
+
+    @property
+    def logprob_count(self) -> int | None:
+        """Alternatives to report for each token; None is no log probabilities at all."""
+        return self.logprobs
+
+    def prompts(self) -> list[str | list[int]]:
+        """Return the prompts, each a text or token ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return list(self.prompt)
+
+
+class ErrorBody(BaseModel):
+    """What went wrong, the field it is about, and a short code."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(BaseModel):
+    """Body of every answer that is not 200."""
+
+    error: ErrorBody
+
+
+class Usage(BaseModel):
+    """Token counts; completion_tokens_by_precision: bits -> tokens generated at them."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    completion_tokens_by_precision: dict[str, int]
+
+
+class Choice(BaseModel):
+    """One continuation; precision: the bits at which most of its tokens were generated."""
+
+    index: int
+    finish_reason: Literal["stop", "length"]
+    precision: int
+    logprobs: dict[str, Any] | None
+
+
+class TextChoice(Choice):
+    """A continuation of a prompt."""
+
+    text: str
+
+
+class AnswerMessage(BaseModel):
+    """The message that the model wrote."""
+
+    role: Literal["assistant"]
+    content: str
+
+
+class ChatChoice(Choice):
+    """An answer in a chat."""
+
+    message: AnswerMessage
+
+
+class Answer(BaseModel):
+    """What both kinds of answer have in common; precision: that of the first choice."""
+
+    id: str
+    created: int
+    model: str
+    precision: int
+    usage: Usage
+
+
+class Completion(Answer):
+    """Answer of /v1/completions."""
+
+    object: Literal["text_completion"]
+    choices: list[TextChoice]
+
+
+class ChatCompletion(Answer):
+    """Answer of /v1/chat/completions."""
+
+    object: Literal["chat.completion"]
+    choices: list[ChatChoice]
+
+
+class ModelEntry(BaseModel):
+    """A name that requests may use; precision is null where the request or the server decides."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    precision: int | None
+    precisions: list[int]
+    max_model_len: int
+
+
+class ModelList(BaseModel):
+    """Answer of /v1/models."""
+
+    object: Literal["list"]
+    data: list[ModelEntry]
+
+
+class Health(BaseModel):
+    """Answer of /health."""
+
+    status: Literal["ok"]
+    inside: int

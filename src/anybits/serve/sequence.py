@@ -1,0 +1,103 @@
+"""One request as the engine sees it: tokens, how many of them are in the KV cache, and at which precision it runs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from anybits.serve.sampling import Logprobs, Sampler, Sampling
+
+
+class PrecisionChoice(Protocol):
+    """Says at which precision the next rows run; may change from step to step."""
+
+    @property
+    def precision(self) -> int:
+        """A stored precision."""
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """The precision that the client named."""
+
+    precision: int
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A prompt and what was generated after it.
+
+    prefill: precision of the prompt's rows, or None for the choice's own; deadline: in the engine's clock.
+    """
+
+    prompt: list[int]
+    max_tokens: int
+    choice: PrecisionChoice
+    sampling: Sampling = field(default_factory=Sampling)
+    prefill: int | None = None
+    stop_tokens: frozenset[int] = frozenset()
+    arrived: float = 0.0
+    deadline: float | None = None
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.prompt)
+        self.sampler = Sampler(self.sampling)
+        self.computed = 0
+        self.blocks: list[int] = []
+        self.generated_at: Counter[int] = Counter()
+        self.counts: Counter[int] = Counter()
+        self.first_token: float | None = None
+        self.finish: str | None = None
+
+    @property
+    def pending(self) -> int:
+        """Tokens that are not yet in the KV cache: 1 while decoding."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def generated(self) -> int:
+        """Tokens after the prompt."""
+        return len(self.tokens) - len(self.prompt)
+
+    def row_precisions(self, start: int, stop: int) -> list[int]:
+        """Return the precision of the rows at positions start ... stop - 1."""
+        now = self.choice.precision
+        early = max(min(len(self.prompt), stop) - start, 0)
+        return [now if self.prefill is None else self.prefill] * early + [now] * (stop - start - early)
+
+    def append(self, token: int, precision: int) -> None:
+        """Take a generated token over, and finish when it ends the text or was the last allowed."""
+        self.tokens.append(token)
+        self.generated_at[precision] += 1
+        self.counts[token] += 1
+        if token in self.stop_tokens:
+            self.finish = "stop"
+        elif self.generated >= self.max_tokens:
+            self.finish = "length"
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Positions start ... stop - 1 of a sequence that run in this step, each row at its precision."""
+
+    sequence: Sequence
+    start: int
+    stop: int
+    precisions: list[int]
+
+    @property
+    def complete(self) -> bool:
+        """Whether the last row is the sequence's last token, so that it brings a new one."""
+        return self.stop == len(self.sequence.tokens)
+
+
+@dataclass(frozen=True)
+class Token:
+    """A generated token, the precision of the row it came from, and why the sequence ended with it, if it did."""
+
+    sequence: Sequence
+    token: int
+    precision: int
+    logprobs: Logprobs | None
+    finish: str | None
