@@ -95,7 +95,7 @@ def test_logits_are_those_of_the_source_formula(tmp_path: Path, name: str) -> No
         assert set(missing) <= set(plain.all_tied_weights_keys)
         ours.set_precision(p)
         with torch.no_grad():
-            torch.testing.assert_close(ours(ids).logits, plain(ids).logits, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(ours(ids).logits, plain(ids).logits, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("columns", [32, 1024, 1056, 2144])

@@ -17,7 +17,7 @@ from anybits.integrations import transformers as hf
 
 PROMPT_TOKENS, NEW_TOKENS = 16, 32
 CALIBRATION_WINDOWS = 8
-SIZES, SIZE_PRECISIONS = (512, 1024, 2048, 4096), (2, 3, 4)
+SIZES, SIZE_PRECISIONS = (512, 1024, 2048, 4096), "2-4"
 
 
 def report(

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 
 from anybits import bits
 from anybits.checkpoint import CheckpointReader, checkpoint_files, read_stored_config
+from anybits.evaluate.kernels import bench_kernels, copies_beyond_cache, times_of
 from anybits.integrations import transformers as hf
-from anybits.kernels import backend as kernels
 from anybits.precision import precision as scoped
-from anybits.weight import AffineLevels, CodebookLevels, PlaneWeight, group_count
+from anybits.weight import group_count
 
 # (rows, columns) of a block's matrices, blocks, and float16 bytes outside of blocks, from the models' configs.
 LLAMA_31_8B = ([(4096, 4096)] * 2 + [(1024, 4096)] * 2 + [(14336, 4096)] * 2 + [(4096, 14336)], 32, 4 * 128256 * 4096)
@@ -109,71 +111,37 @@ def speeds(folder: str, precisions: Sequence[int], prompt: str, tokens: int, rea
     return rows
 
 
-def random_planes(rows: int, columns: int, precisions: tuple[int, ...], group_size: int | None) -> PlaneWeight:
-    """Return a PlaneWeight of random bits with small levels: its speed is that of any other."""
-    g = torch.Generator().manual_seed(0)
-    top = precisions[-1]
-    planes = torch.randint(-(2**31), 2**31, (top, rows, bits.words(columns)), generator=g).to(torch.int32)
-    if group_size is None:
-        return PlaneWeight(planes, columns, CodebookLevels({p: torch.randn(rows, 2**p).half() for p in precisions}))
-    groups = group_count(group_size, columns)
-    scales = {p: torch.rand(p, rows, groups).half() / columns for p in precisions}
-    offsets = {p: torch.rand(rows, groups).half() / columns for p in precisions}
-    return PlaneWeight(planes, columns, AffineLevels(group_size, scales, offsets))
+def product_times(sizes: Sequence[int], precisions: str) -> list[dict[str, Any]]:
+    """Return the timings of x `[1, K]` @ W.T for square matrices that wait in memory, not in a cache."""
+    shapes = ",".join(f"{size}x{size}" for size in sizes)
+    return [asdict(timing) | {"size": timing.shape[0]} for timing in bench_kernels(shapes, precisions, rounds=3)]
 
 
-def product_times(sizes: Sequence[int], precisions: Sequence[int], repeats: int = 30) -> list[dict[str, Any]]:
-    """Return the seconds of x `[1, K]` @ W.T for square matrices: planes of both kinds, and a dense float32 one."""
-    rows = []
-    for size in sizes:
-        x = torch.randn(1, size)
-        dense = torch.randn(size, size)
-        seconds = _seconds(partial(torch.nn.functional.linear, x, dense), repeats)
-        row = {"size": size, "kind": "dense float32", "precision": 32, "seconds": seconds, "bytes": 4 * size * size}
-        rows.append(row | {"backend": "torch"})
-        for kind, group_size in (("anybcq", 128), ("any-precision", None)):
-            weight = random_planes(size, size, tuple(precisions), group_size)
-            backend = kernels.choose(weight, x.device)
-            prepared = backend.prepare(weight)
-            for p in precisions:
-                seconds = _seconds(partial(backend.matmul, x, prepared, p), repeats)
-                rows.append(
-                    {"size": size, "kind": kind, "precision": p, "seconds": seconds, "bytes": weight.weight_bytes(p)}
-                    | {"backend": backend.name}
-                )
-    return rows
+def layout_costs(size: int) -> list[dict[str, Any]]:
+    """Return seconds and bytes of one product: planes at 2, 4, 8 bits against torch's own bit-packed matrices."""
+    rows: list[dict[str, Any]] = []
+    for timing in bench_kernels(f"{size}x{size}", "2,4,8", methods=("anybcq",), rounds=3):
+        rows.append({"layout": f"planes ({timing.backend})", "precision": timing.precision})
+        rows[-1] |= {"seconds": timing.us / 1e6, "bytes": timing.bytes}
+    return [{"size": size} | row for row in (*rows, *_packed_products(size))]
 
 
-def layout_costs(size: int, repeats: int = 30) -> list[dict[str, Any]]:
-    """Return seconds and bytes of one product at 4 and 8 bits: planes against torch's own bit-packed matrices."""
-    x = torch.randn(1, size).bfloat16()
-    weight = random_planes(size, size, (2, 4, 8), 128)
-    backend = kernels.choose(weight, x.device)
-    prepared = backend.prepare(weight)
-    rows = []
-    for p in (2, 4, 8):
-        seconds = _seconds(partial(backend.matmul, x, prepared, p), repeats)
-        rows.append({"layout": f"planes ({backend.name})", "precision": p, "seconds": seconds})
-        rows[-1]["bytes"] = weight.weight_bytes(p)
-    for row in _packed_products(x, size, repeats):
-        rows.append(row)
-    return [{"size": size} | row for row in rows]
-
-
-def _packed_products(x: torch.Tensor, size: int, repeats: int) -> list[dict[str, Any]]:
-    ops = torch.ops.aten
-    rows = []
-    groups = size // 128
+def _packed_products(size: int) -> list[dict[str, Any]]:
+    """Time torch's int4 and int8 products, each call with another copy so that none waits in a cache."""
+    ops, x, rows = torch.ops.aten, torch.randn(1, size).bfloat16(), []
     if hasattr(ops, "_weight_int4pack_mm_for_cpu"):
         codes = torch.randint(0, 16, (size, size), dtype=torch.int32)
         packed = ops._convert_weight_to_int4pack_for_cpu(codes, 1)
-        levels = torch.rand(groups, size, 2).bfloat16()
-        seconds = _seconds(lambda: ops._weight_int4pack_mm_for_cpu(x, packed, 128, levels), repeats)
+        levels = torch.rand(max(size // 128, 1), size, 2).bfloat16()
+        copies = itertools.cycle([packed.clone() for _ in range(copies_beyond_cache(packed.numel()))])
+        group = min(size, 128)
+        seconds = median(times_of(lambda: ops._weight_int4pack_mm_for_cpu(x, next(copies), group, levels)))
         rows.append({"layout": "bit-packed (torch int4)", "precision": 4, "seconds": seconds})
-        rows[-1]["bytes"] = size * size // 2 + levels.numel() * 2
+        rows[-1]["bytes"] = packed.numel() + levels.numel() * 2
     if hasattr(ops, "_weight_int8pack_mm"):
-        codes, scales = torch.randint(-128, 127, (size, size), dtype=torch.int8), torch.rand(size).bfloat16()
-        seconds = _seconds(lambda: ops._weight_int8pack_mm(x, codes, scales), repeats)
+        whole, scales = torch.randint(-128, 127, (size, size), dtype=torch.int8), torch.rand(size).bfloat16()
+        turns = itertools.cycle([whole.clone() for _ in range(copies_beyond_cache(whole.numel()))])
+        seconds = median(times_of(lambda: ops._weight_int8pack_mm(x, next(turns), scales)))
         rows.append({"layout": "bit-packed (torch int8)", "precision": 8, "seconds": seconds})
-        rows[-1]["bytes"] = size * size + scales.numel() * 2
+        rows[-1]["bytes"] = whole.numel() + scales.numel() * 2
     return rows

@@ -79,6 +79,8 @@ def draw(chart: Chart, path: Path) -> None:
     if chart.log_x:  # only the measured sizes, which are powers of two
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(numbers)
+    elif all(x == int(x) for points in chart.lines.values() for x, _, _ in points):
+        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     if chart.log_y:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(numbers)
