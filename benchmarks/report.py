@@ -36,7 +36,7 @@ def rows(figures: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield {"table": "decoding speed", "model": label} | speed
     for table in ("upscaling", "sizes", "layout"):
         for row in figures.get(table, []):
-            yield {"table": table} | row
+            yield {"table": table} | {key: value for key, value in row.items() if key != "shape"}
 
 
 def main() -> None:
