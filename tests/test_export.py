@@ -14,8 +14,8 @@ from anybits.integrations.exporting import export_model
 from conftest import save_tiny
 from test_cli import run
 
-# The CPU kernel is about 1e-4 from float32 products (docs/kernels.md), torch's about 1e-7; in 16 bits the dense matrix is rounded once
-# more, by 2**-9 (bfloat16) or 2**-12 (float16) of each weight, which the layers add up.
+# The CPU kernel is about 1e-4 from float32 products (docs/kernels.md), torch's about 1e-7; in 16 bits the dense
+# matrix is rounded once more, by 2**-9 (bfloat16) or 2**-12 (float16) of each weight, which the layers add up.
 TOLERANCE = {"float32": 1e-3, "float16": 0.01, "bfloat16": 0.08}
 
 
