@@ -195,6 +195,18 @@ class CheckpointReader:
         """Return the shape of one stored tensor."""
         return self._entries[name].shape
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype of one stored tensor."""
+        return self._entries[name].dtype
+
+    def has_tensor(self, name: str) -> bool:
+        """Return whether a tensor called `name` is stored."""
+        return name in self._entries
+
+    def read_tensor(self, name: str) -> torch.Tensor:
+        """Return one stored tensor whole, compared with its checksums where there are any."""
+        return self._read(name)
+
     def verify_unquantized(self) -> None:
         """Compare all tensors outside of plane modules with their checksums: another loader reads those."""
         modules = set(self.modules())

@@ -97,7 +97,12 @@ def generate(
 @app.command("eval", rich_help_panel="Main")
 def evaluate(
     model: Model,
-    text: Annotated[Path, typer.Option(help="Text file to predict; keep it apart from calibration text.")],
+    text: Annotated[
+        Path | None, typer.Option(help="Text file to predict; keep it apart from calibration text.")
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(help="lm-eval tasks instead of a text: TASK[,TASK].")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder with lm-eval task files of your own.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents of each lm-eval task.")] = None,
     precisions: Annotated[str | None, typer.Option(help="Precisions, as 2,3,4 or 2-4. Default: all stored.")] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens of a window; windows do not overlap.")] = 512,
     max_tokens: Annotated[int | None, typer.Option(help="Use only this many tokens of the text.")] = None,
@@ -107,7 +112,7 @@ def evaluate(
     json_: Annotated[Path | None, typer.Option("--json", help="Write the result as JSON.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a plot of perplexity against bytes (PNG).")] = None,
 ) -> None:
-    """Measure perplexity at each precision, and closeness to the float model.
+    """Measure perplexity at each precision, and closeness to the float model; or run lm-eval tasks.
 
     Example: `anybits eval llama-any --precisions 2,3,4 --text corpus.txt --json r.json --plot r.png`
     """
@@ -117,6 +122,12 @@ def evaluate(
     from anybits.integrations import transformers as hf
 
     chosen = hf.stored_config(model).precisions if precisions is None else parse_precisions(precisions)
+    if (text is None) == (tasks is None):
+        raise AnybitsError("eval needs one thing to measure: --text FILE or --tasks TASK[,TASK]")
+    if tasks is not None:
+        _run_tasks(model, tasks, chosen, include_path, limit, json_)
+        return
+    assert text is not None
     with terminal.counted(console, "evaluating") as step:
         result = evaluation.evaluate(model, chosen, evaluation.read_text(text), seq_len, max_tokens, reference, step)
     console.print(terminal.result_table(result))
@@ -124,6 +135,20 @@ def evaluate(
         checkpoint.write_json(json_, result.to_dict())
     if plot is not None:
         report.plot([(Path(model).name, result)], plot)
+
+
+def _run_tasks(
+    model: str, tasks: str, precisions: tuple[int, ...], include_path: Path | None, limit: int | None, out: Path | None
+) -> None:
+    from anybits import checkpoint, terminal
+    from anybits.integrations import lm_eval
+
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    with terminal.counted(console, "precisions") as step:
+        results = lm_eval.run_tasks(model, names, precisions, include_path, limit, progress=step)
+    console.print(terminal.task_table(model, results))
+    if out is not None:
+        checkpoint.write_json(out, {"model": model, "limit": limit, "results": results})
 
 
 @app.command(rich_help_panel="Main")
@@ -141,6 +166,62 @@ def inspect(
     else:
         for table in terminal.inspection_tables(facts):
             console.print(table)
+
+
+@app.command(rich_help_panel="Interoperate")
+def report(
+    models: Annotated[list[str], typer.Argument(help="Folders of quantized models.", show_default=False)],
+    text: Annotated[Path, typer.Option(help="Text file to predict; keep it apart from calibration text.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write the report to.")] = Path("report"),
+    reference: Annotated[str | None, typer.Option(help="The original float model to compare with.")] = None,
+    seq_len: Annotated[int, typer.Option(help="Tokens of a window; windows do not overlap.")] = 512,
+    max_tokens: Annotated[int, typer.Option(help="Use only this many tokens of the text.")] = 8192,
+) -> None:
+    """Write one report, with plots, about quality, memory and speed; its figures stand in figures.json beside it.
+
+    Example: `anybits report demo-out/anybcq demo-out/any-precision -o report --text corpus.txt`
+    """
+    from anybits.evaluate import evaluation, full_report
+
+    def show(step: str) -> None:
+        console.print(f"measuring: {step}", highlight=False)
+
+    full_report.report(models, out, evaluation.read_text(text), reference, seq_len, max_tokens, progress=show)
+    console.print(f"wrote {out / 'report.html'} and {out / 'report.md'}", highlight=False)
+
+
+@app.command("import", rich_help_panel="Interoperate")
+def import_(
+    source: Annotated[str, typer.Argument(help="Folder that Any-Precision's or AnyBCQ's own code wrote.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write the model to.")],
+) -> None:
+    """Turn a checkpoint of the two papers' own code into one of anybits, weight for weight.
+
+    Example: `anybits import Llama-3.1-8B-anybcq2to4-g128 -o llama-any`
+    """
+    from anybits import terminal
+    from anybits.integrations.importers import import_checkpoint
+
+    with terminal.counted(console, "importing") as step:
+        stored = import_checkpoint(source, out, step)
+    console.print(f"wrote {out}: {stored.method}, precisions {', '.join(map(str, stored.precisions))}")
+
+
+@app.command(rich_help_panel="Interoperate")
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write the dense model to.")],
+    precision: Annotated[int, typer.Option(help="The precision to write, in bits.", show_default=False)],
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+) -> None:
+    """Write one precision as an ordinary dense model, for tools that do not know anybits.
+
+    Example: `anybits export llama-any --precision 4 -o llama-4bit`
+    """
+    from anybits.integrations.exporting import export_model
+
+    export_model(model, out, precision, dtype)
+    console.print(f"wrote {out}: dense {dtype} weights of precision {precision}")
 
 
 @app.command(rich_help_panel="Main")

@@ -99,6 +99,20 @@ def result_table(evaluation: Evaluation) -> Table:
     return table
 
 
+def task_table(model: str, results: dict[int, dict[str, dict[str, Any]]]) -> Table:
+    """Return the table of lm-eval results: a row for each task and metric, a column for each precision."""
+    table = Table(title=model)
+    table.add_column("task")
+    table.add_column("metric")
+    for p in results:
+        table.add_column(f"{p} bits", justify="right")
+    first = next(iter(results.values()))
+    for task, metrics in first.items():
+        for metric in metrics:
+            table.add_row(task, metric, *(f"{results[p][task][metric]:.4f}" for p in results))
+    return table
+
+
 def whole_numbers(text: str, name: str) -> list[int]:
     """Read "1,4,16" as whole numbers; raise AnybitsError naming `name` when it is something else."""
     try:

@@ -143,7 +143,7 @@ def _time_shape(
 ) -> Iterator[KernelTiming]:
     x = torch.randn(m, shape[1]).bfloat16()
     candidates = [c for method, weight in weights.items() for c in _candidates(method, weight, x, precisions)]
-    dense = [torch.randn(shape).bfloat16() for _ in range(_copies(2 * shape[0] * shape[1]))]
+    dense = [torch.randn(shape).bfloat16() for _ in range(copies_beyond_cache(2 * shape[0] * shape[1]))]
     turn = iter(range(1 << 62))
     bf16 = [lambda: torch.nn.functional.linear(x, dense[next(turn) % len(dense)])]
     runs = bf16 + [c.run for c in candidates]
@@ -152,7 +152,7 @@ def _time_shape(
     for _ in range(rounds):
         bandwidths.append(read_bandwidth(memory))
         for run, times in zip(runs, seconds, strict=True):
-            times += _times(run)
+            times += times_of(run)
     bandwidth, reference = statistics.median(bandwidths), statistics.median(seconds[0])
     for c, times in zip(candidates, seconds[1:], strict=True):
         median = statistics.median(times)
@@ -165,7 +165,7 @@ def _time_shape(
 
 def _candidates(method: str, weight: PlaneWeight, x: torch.Tensor, precisions: Sequence[int]) -> Iterator[_Candidate]:
     backend = kernels.choose(weight, x.device)
-    copies = [backend.prepare(weight) for _ in range(_copies(weight.weight_bytes(precisions[-1])))]
+    copies = [backend.prepare(weight) for _ in range(copies_beyond_cache(weight.weight_bytes(precisions[-1])))]
     for p in precisions:
         error = _error(backend.matmul(x, copies[0], p), x, weight, p)
         if not error < _LARGEST_ERROR:
@@ -188,11 +188,12 @@ def _error(y: torch.Tensor, x: torch.Tensor, weight: PlaneWeight, precision: int
     return float((y[:, : rows.out_features].double() - wanted).norm() / wanted.norm())
 
 
-def _copies(size: int) -> int:
+def copies_beyond_cache(size: int) -> int:
+    """Return how many copies of `size` bytes to read in turn so that none waits in a cache."""
     return min(1024, math.ceil(_BEYOND_CACHE / size))
 
 
-def _times(run: Callable[[], Any], least: int = 5, budget: float = 0.05) -> list[float]:
+def times_of(run: Callable[[], Any], least: int = 5, budget: float = 0.05) -> list[float]:
     """Return seconds of single calls: one to warm up, then at least `least` and about `budget` seconds' worth."""
     times: list[float] = []
     run()

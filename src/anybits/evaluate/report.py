@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,20 @@ class Evaluation:
         return asdict(self) | {"results": [asdict(r) for r in self.results]}
 
 
-def plot(evaluations: Sequence[tuple[str, Evaluation]], path: Path) -> None:
-    """Draw perplexity against bytes read, one line for each (label, evaluation), the reference as a level."""
+@dataclass(frozen=True)
+class Chart:
+    """Lines of points for one plot: label -> (x, y, text beside the point), and levels: label -> y."""
+
+    x_label: str
+    y_label: str
+    lines: Mapping[str, Sequence[tuple[float, float, str]]]
+    levels: Mapping[str, float] = field(default_factory=dict)
+    log_x: bool = False
+    log_y: bool = False
+
+
+def draw(chart: Chart, path: Path) -> None:
+    """Write a chart as PNG; raise AnybitsError when matplotlib is not installed."""
     try:
         import matplotlib
     except ImportError:
@@ -55,24 +67,44 @@ def plot(evaluations: Sequence[tuple[str, Evaluation]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for label, evaluation in evaluations:
-        results = evaluation.results
-        axes.plot([r.weight_bytes / 1e6 for r in results], [r.perplexity for r in results], marker="o", label=label)
-        for r in results:
-            axes.annotate(
-                f"{r.precision}", (r.weight_bytes / 1e6, r.perplexity), xytext=(5, 5), textcoords="offset points"
-            )
-    reference = next((e.reference for _, e in evaluations if e.reference is not None), None)
-    if reference is not None:
-        text = f"float model ({reference.weight_bytes / 1e6:.1f} MB): {reference.perplexity:.2f}"
-        axes.axhline(reference.perplexity, color="gray", linestyle="--", label=text)
-    axes.set_xlabel("quantized weights read (MB); the number at a point is its precision in bits")
-    axes.set_ylabel("held-out perplexity")
-    axes.set_yscale("log")
-    ticks = matplotlib.ticker.ScalarFormatter()
-    axes.yaxis.set_major_formatter(ticks)
-    axes.yaxis.set_minor_formatter(ticks)
+    for label, points in chart.lines.items():
+        axes.plot([x for x, _, _ in points], [y for _, y, _ in points], marker="o", label=label)
+        for x, y, text in points:
+            axes.annotate(text, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=8)
+    for label, y in chart.levels.items():
+        axes.axhline(y, color="gray", linestyle="--", label=label)
+    axes.set_xlabel(chart.x_label)
+    axes.set_ylabel(chart.y_label)
+    numbers = matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}")
+    if chart.log_x:  # only the measured sizes, which are powers of two
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(numbers)
+    elif all(x == int(x) for points in chart.lines.values() for x, _, _ in points):
+        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    if chart.log_y:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(numbers)
+        heights = [*(y for points in chart.lines.values() for _, y, _ in points), *chart.levels.values()]
+        narrow = max(heights) < 30 * min(heights)  # labels between powers of ten would overlap on a wide range
+        axes.yaxis.set_minor_formatter(numbers if narrow else matplotlib.ticker.NullFormatter())
+    if not chart.log_y:
+        axes.set_ylim(bottom=0)
     axes.grid(True, which="both", alpha=0.25)
     axes.legend()
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
+
+
+def plot(evaluations: Sequence[tuple[str, Evaluation]], path: Path) -> None:
+    """Draw perplexity against bytes read, one line for each (label, evaluation), the reference as a level."""
+    lines = {
+        label: [(r.weight_bytes / 1e6, r.perplexity, f"{r.precision}") for r in evaluation.results]
+        for label, evaluation in evaluations
+    }
+    reference = next((e.reference for _, e in evaluations if e.reference is not None), None)
+    levels = {}
+    if reference is not None:
+        text = f"float model ({reference.weight_bytes / 1e6:.1f} MB): {reference.perplexity:.2f}"
+        levels[text] = reference.perplexity
+    x_label = "quantized weights read (MB); the number at a point is its precision in bits"
+    draw(Chart(x_label, "held-out perplexity", lines, levels, log_y=True), path)

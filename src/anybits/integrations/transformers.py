@@ -229,11 +229,22 @@ def load_float_model(path: str, **kwargs: Any) -> PreTrainedModel:
     return model
 
 
+def empty_model(folder: Path) -> PreTrainedModel:
+    """Build the causal language model that a folder's config.json describes, on the meta device, without weights."""
+    with quiet_transformers():
+        try:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        except Exception as error:  # whatever a wrong value in the file breaks in the model's own code
+            raise AnybitsError(f"{folder}/config.json describes no model: {_first_line(error)}") from None
+
+
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model folder or hub name."""
     try:
         return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the tokenizers library raises Exception itself for a damaged file
         raise AnybitsError(f"{path} has no tokenizer that can be loaded: {_first_line(error)}") from None
 
 
@@ -260,6 +271,13 @@ def make_planes(model: nn.Module, weights: Mapping[str, PlaneWeight], stored: St
     for name, module in swap_in_planes(model, stored, default, dtype).items():
         module.set_plane_weight(weights[name])
     attach_precision(model, default, stored.precisions)
+
+
+def forget_quantization(model: PreTrainedModel) -> None:
+    """Take from a model without plane modules what still calls it quantized, so that it saves as a plain one."""
+    del model.config.quantization_config
+    model.hf_quantizer, model.is_quantized = None, False
+    model.__dict__.pop("quantization_method", None)
 
 
 def register_attention(name: str, function: Callable[..., Any]) -> None:
