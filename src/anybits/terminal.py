@@ -60,14 +60,14 @@ def _logged(console: Console, label: str) -> Progress:
     started = time.monotonic()
 
     def calibrating(done: int, total: int) -> None:
-        if done == total or done % max(1, total // 10) == 0:
-            console.print(f"calibrating: {done}/{total}", highlight=False)
+        if done == total or done % max(1, total // 4) == 0:
+            console.print(f"calibrating: {done}/{total}", highlight=False, soft_wrap=True)
 
     def block_done(report: BlockReport) -> None:
         done = report.index + 1
         left = (time.monotonic() - started) / done * (report.total - done)
         note = "resumed" if report.resumed else f"weight error {_errors(report)}"
-        console.print(f"{label}: block {done}/{report.total}, {note}, {left:.0f} s left", highlight=False)
+        console.print(f"{label}: block {done}/{report.total}, {note}, {left:.0f} s left", highlight=False, soft_wrap=True)
 
     return Progress(calibrating, block_done)
 
