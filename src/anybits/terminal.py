@@ -67,7 +67,8 @@ def _logged(console: Console, label: str) -> Progress:
         done = report.index + 1
         left = (time.monotonic() - started) / done * (report.total - done)
         note = "resumed" if report.resumed else f"weight error {_errors(report)}"
-        console.print(f"{label}: block {done}/{report.total}, {note}, {left:.0f} s left", highlight=False, soft_wrap=True)
+        line = f"{label}: block {done}/{report.total}, {note}, {left:.0f} s left"
+        console.print(line, highlight=False, soft_wrap=True)
 
     return Progress(calibrating, block_done)
 
