@@ -66,20 +66,14 @@ def problem(moments: Moments, damping: float, correction: float) -> Problem:
         mean = mean if mean > 0 else mean + 1
         h = moment.double() / mean
         h.diagonal().add_(damping if moment.any() else 1.0)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
         if moments.cross is not None and correction:
-            change = correction * (moments.cross[i] - moment).double().T / mean
-            shift = torch.cholesky_solve(change, torch.linalg.cholesky(h))
+            shift = inverse @ (correction / mean * (moments.cross[i] - moment).double().T)
             shift.diagonal().add_(1)
             shifts.append(shift.float())
         hessians.append(h.float())
-        factors.append(_factor(h))
+        factors.append(torch.linalg.cholesky(inverse, upper=True).float())
     return Problem(torch.stack(hessians), torch.stack(factors), torch.stack(shifts) if shifts else None)
-
-
-def _factor(hessian: torch.Tensor) -> torch.Tensor:
-    """Return the upper Cholesky factor of the inverse: float32 `[K, K]` from float64."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    return torch.linalg.cholesky(inverse, upper=True).float()
 
 
 @dataclass(frozen=True)
