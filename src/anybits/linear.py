@@ -12,6 +12,7 @@ from anybits.errors import AnybitsError
 from anybits.kernels import backend as kernels
 from anybits.kernels import cpu as _cpu  # noqa: F401  (registers the backend)
 from anybits.kernels import reference as _reference  # noqa: F401  (registers the backend)
+from anybits.kernels.cuda import backend as _cuda  # noqa: F401  (registers the backend)
 from anybits.precision import ModelPrecision, active, per_row
 from anybits.weight import PlaneWeight, check_precision, from_tensors
 

@@ -229,6 +229,7 @@ DEVICE u16 float_to_half(float v) {
     const u32 sign = float_to_bits(v) >> 16 & 0x8000;
     const float size = fabsf(v);
     if (size != size) return static_cast<u16>(sign | 0x7e00);
+    if (size == 0) return static_cast<u16>(sign);
     if (size >= 65520.0f) return static_cast<u16>(sign | 0x7c00);
     int exponent;
     frexpf(size, &exponent);

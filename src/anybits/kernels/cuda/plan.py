@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import struct
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from math import ceil
 from pathlib import Path
@@ -201,7 +201,7 @@ def _signs(
     level_bytes = 0 if mixed or shape.row_group else (terms + shape.offsets) * (TILE << (1 + (shape.level_dtype == F32)))
     stage = top * TILE * STEP // 8 + 2 * shape.subgroups * level_bytes
     unit = rows * slices * (128 + 8 * shape.subgroups)
-    room = _room(shape, device, tuning, stage, 2 * unit, rows, 0, tiles)
+    room = _room(shape, device, tuning, stage, 2 * unit, rows, 0, wide=tiles * terms * (1 if shape.subgroups == 1 else 2) <= 4)
     macros = (
         ("DTYPE", dtype), ("LEVELS", shape.level_dtype), ("OFFSETS", shape.offsets), ("PLANES", top),
         ("MIXED", int(mixed)), ("WALSH", int(walsh)), ("CODEBOOK", 0), ("COLUMN_TILES", tiles), ("SLICES", slices),
@@ -218,7 +218,8 @@ def _codebook(shape: Shape, rows: int, dtype: int, precision: int, device: Devic
     columns = rows * slices
     unit = columns * 256 + ceil(columns * 4 / 16) * 16
     table = 2 * (32 * shape.stored if mixed else 32 << top)
-    room = _room(shape, device, tuning, top * TILE * STEP // 8, 2 * unit, rows, table, tiles)
+    stage = top * TILE * STEP // 8
+    room = _room(shape, device, tuning, stage, 2 * unit, rows, table, wide=tiles <= 2 and top <= 4)
     macros = (
         ("DTYPE", dtype), ("PLANES", top), ("MIXED", int(mixed)), ("CODEBOOK", 1), ("COLUMN_TILES", tiles),
         ("SLICES", slices), *room.macros(),
@@ -249,30 +250,30 @@ class _Room:
 
 
 def _room(
-    shape: Shape, device: Device, tuning: Tuning, stage: int, step: int, rows: int, table: int, tiles: int
+    shape: Shape, device: Device, tuning: Tuning, stage: int, step: int, rows: int, table: int, wide: bool
 ) -> _Room:
     """Divide a block's shared memory.
 
-    stage: bytes of a warp's stage; step: bytes of a step's activations; table: bytes that are there in any case.
+    stage: bytes of a warp's stage; step: bytes of a step's activations; table: bytes that are there in any case;
+    wide: 16 warps have registers enough.
     """
     blocks = tuning.blocks or 1
     limit = device.shared_bytes // blocks - 1024 * (blocks > 1)  # 1 KB of every block is the system's
     splits = max(tuning.splits, ceil(step * shape.steps / (ACTIVATION_SHARE * limit)), 1)
-    split_steps = ceil(shape.steps / min(splits, shape.steps))
-    warps = tuning.warps or (16 if tiles <= 2 and stage <= 2560 else 8)
-    while warps > 1 and not tuning.warps and warps >= 2 * split_steps:
-        warps //= 2
-    while True:
-        fixed = split_steps * step + table + 2 * warps * rows * TILE * 4
-        stages = tuning.stages or min(6, (limit - fixed) // (warps * stage))
-        if stages >= (3 if warps > 4 else 2) and fixed + stages * warps * stage <= limit:
-            break
-        if warps == 1:
-            raise AnybitsError(
-                f"a product of {rows} rows does not fit into {limit} bytes of shared memory with this tuning"
-            )
-        warps //= 2
-    return _Room(warps, stages, blocks, ceil(shape.steps / split_steps), split_steps, fixed + stages * warps * stage)
+    for parts in range(min(splits, shape.steps), shape.steps + 1):
+        split_steps = ceil(shape.steps / parts)
+        warps = tuning.warps or (16 if wide and blocks == 1 else 8)
+        while warps > 1 and not tuning.warps and warps >= 2 * split_steps:
+            warps //= 2
+        while warps:
+            fixed = split_steps * step + table + 2 * warps * rows * TILE * 4
+            stages = tuning.stages or min(6, (limit - fixed) // (warps * stage))
+            if stages >= (3 if warps > 4 else 2) and fixed + stages * warps * stage <= limit:
+                return _Room(
+                    warps, stages, blocks, ceil(shape.steps / split_steps), split_steps, fixed + stages * warps * stage
+                )
+            warps = 0 if tuning.warps or warps <= min(4, split_steps) else warps // 2
+    raise AnybitsError(f"a product of {rows} rows does not fit into {limit} bytes of shared memory with this tuning")
 
 
 @cache
@@ -280,8 +281,3 @@ def dequantization(shape: Shape, dtype: int, precision: int) -> Launch:
     """Plan W_p as `[N, K]` in dtype."""
     kernel = Kernel("dequantize.cu", (("DTYPE", dtype), ("PLANES", precision), *_weight_macros(shape)))
     return Launch(kernel, (ceil(shape.tiles * shape.steps / 8), 1), 256, 0)
-
-
-def without_tuning(tuning: Tuning) -> Tuning:
-    """Return `tuning` with its kernel kept and every figure at its default."""
-    return replace(Tuning(), kernel=tuning.kernel)
