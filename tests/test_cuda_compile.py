@@ -34,7 +34,9 @@ def test_compiles_without_spills(arch, capsys):
         if kernel.source != "simple.cu":  # the slow reference may do as it likes
             assert compiled.spills == 0, report[-1]
     with capsys.disabled():
-        print("\n" + "\n".join(sorted(report)) if ALL else f"\nsm_{arch}: {len(report)} variants, no spills")
+        print(  # noqa: T201
+            "\n" + "\n".join(sorted(report)) if ALL else f"\nsm_{arch}: {len(report)} variants, no spills"
+        )
 
 
 def test_cubins_are_kept_and_found(tmp_path, monkeypatch):

@@ -7,7 +7,6 @@ import hashlib
 import os
 import random
 import subprocess
-from math import ceil
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from anybits.kernels.cuda import plan
 from anybits.kernels.cuda.layout import DTYPES, CudaWeight
 
 HERE = Path(__file__).parent
+DEFAULT = plan.Tuning()
 COMPILER = os.environ.get("CXX", "g++")
 FLAGS = ("-std=c++17", "-O1", "-shared", "-fPIC", "-fno-gnu-unique", "-Wl,-Bsymbolic", "-ffp-contract=off", "-w")
 
@@ -49,7 +49,7 @@ class Emulator:
         """Run all blocks; the kernel may touch the given tensors and nothing else."""
         buffers = []
         for tensor in [*(t for t in read if t.numel()), written]:
-            size = (tensor.untyped_storage().nbytes() if tensor is not written else tensor.numel() * tensor.itemsize)
+            size = tensor.untyped_storage().nbytes() if tensor is not written else tensor.numel() * tensor.itemsize
             start = tensor.untyped_storage().data_ptr()
             buffers += [start, start + size, int(tensor is written)]
         packed = (ctypes.c_uint64 * len(buffers))(*buffers)
@@ -61,7 +61,7 @@ class Emulator:
 
     def product(
         self, x: torch.Tensor, weight: CudaWeight, precision: int | torch.Tensor, device: plan.Device,
-        tuning: plan.Tuning = plan.Tuning(),
+        tuning: plan.Tuning = DEFAULT,
     ) -> torch.Tensor:  # fmt: skip
         """Return x @ W.T, launched as the CUDA backend launches it; outputs begin as NaN."""
         shape, rows = weight.shape, None if isinstance(precision, int) else precision
@@ -81,7 +81,9 @@ class Emulator:
                 out = torch.full((planned.splits, count, shape.out_features), torch.nan)
             pointers = (part, weight.planes, levels, mine, weight.row_scale, out)
             at = tuple(t.data_ptr() for t in pointers)
-            self.launch(planned.launch, planned.launch.arguments(shape, count, x.stride(0), at), list(pointers[:-1]), out)
+            self.launch(
+                planned.launch, planned.launch.arguments(shape, count, x.stride(0), at), list(pointers[:-1]), out
+            )
             if planned.splits > 1:
                 parts, out = out, torch.full_like(here, torch.nan)
                 reduction = planned.reduction(shape, count, dtype)
@@ -99,6 +101,3 @@ class Emulator:
         at = (0, weight.planes.data_ptr(), weight.levels.data_ptr(), 0, weight.row_scale.data_ptr(), w.data_ptr())
         self.launch(launch, launch.arguments(shape, 0, 0, at), [weight.planes, weight.levels, weight.row_scale], w)
         return w
-
-
-__all__ = ["Emulator", "ceil"]

@@ -147,9 +147,7 @@ def _check(x: torch.Tensor, weight: CudaWeight, precision: int, rows: torch.Tens
     if x.dtype not in DTYPES:
         raise AnybitsError(f"activations are {x.dtype} where float16, bfloat16 or float32 is needed")
     if x.ndim != 2 or x.shape[1] != weight.shape.in_features:
-        raise AnybitsError(
-            f"activations have shape {list(x.shape)} where [M, {weight.shape.in_features}] is needed"
-        )
+        raise AnybitsError(f"activations have shape {list(x.shape)} where [M, {weight.shape.in_features}] is needed")
     if x.device != weight.planes.device:
         raise AnybitsError(f"activations lie on {x.device} and the weight on {weight.planes.device}")
 

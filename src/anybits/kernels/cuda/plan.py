@@ -136,7 +136,7 @@ def tuning_from_environment(text: str, kernel: str) -> Tuning:
         name, _, value = part.partition("=")
         if name not in ("warps", "stages", "masks", "blocks", "splits") or not value.isdigit():
             raise AnybitsError(
-                f"ANYBITS_CUDA_TUNING '{part}' is unknown: write warps=, stages=, masks=, blocks= or splits= and a number"
+                f"ANYBITS_CUDA_TUNING '{part}' is unknown: write warps, stages, masks, blocks or splits, = and a number"
             )
         values[name] = int(value)
     if values.get("masks", 0) not in (0, 1, 2, 4):
@@ -148,9 +148,7 @@ def tuning_from_environment(text: str, kernel: str) -> Tuning:
 
 def active_tuning() -> Tuning:
     """Return what ANYBITS_CUDA_TUNING and ANYBITS_CUDA_KERNEL ask for."""
-    return tuning_from_environment(
-        os.environ.get("ANYBITS_CUDA_TUNING", ""), os.environ.get("ANYBITS_CUDA_KERNEL", "")
-    )
+    return tuning_from_environment(os.environ.get("ANYBITS_CUDA_TUNING", ""), os.environ.get("ANYBITS_CUDA_KERNEL", ""))
 
 
 @cache
@@ -189,19 +187,21 @@ def _column_tiles(columns: int, mixed: bool) -> int:
     return tiles
 
 
-def _signs(
-    shape: Shape, rows: int, dtype: int, precision: int, device: Device, tuning: Tuning, walsh: bool
-) -> Product:
+def _signs(shape: Shape, rows: int, dtype: int, precision: int, device: Device, tuning: Tuning, walsh: bool) -> Product:
     mixed, top = not precision, precision or shape.precisions[-1]
     masks = tuning.masks or (4 if rows <= 2 else 1)
     slices = 4 if masks == 4 else 2
     tiles = _column_tiles(rows * slices, mixed)
     rows = min(rows, 8 * tiles // slices)
     terms = (1 << top) - 1 if walsh else top
-    level_bytes = 0 if mixed or shape.row_group else (terms + shape.offsets) * (TILE << (1 + (shape.level_dtype == F32)))
+    level_bytes = (
+        0 if mixed or shape.row_group else (terms + shape.offsets) * (TILE << (1 + (shape.level_dtype == F32)))
+    )
     stage = top * TILE * STEP // 8 + 2 * shape.subgroups * level_bytes
     unit = rows * slices * (128 + 8 * shape.subgroups)
-    room = _room(shape, device, tuning, stage, 2 * unit, rows, 0, wide=tiles * terms * (1 if shape.subgroups == 1 else 2) <= 4)
+    room = _room(
+        shape, device, tuning, stage, 2 * unit, rows, 0, wide=tiles * terms * (1 if shape.subgroups == 1 else 2) <= 4
+    )
     macros = (
         ("DTYPE", dtype), ("LEVELS", shape.level_dtype), ("OFFSETS", shape.offsets), ("PLANES", top),
         ("MIXED", int(mixed)), ("WALSH", int(walsh)), ("CODEBOOK", 0), ("COLUMN_TILES", tiles), ("SLICES", slices),

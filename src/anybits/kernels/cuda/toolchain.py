@@ -49,12 +49,16 @@ def _driver() -> Any:
     return driver
 
 
+def _done(answer: tuple[Any, ...], what: str) -> None:
+    """Raise AnybitsError when the status that a call begins its answer with is not 0."""
+    if int(answer[0]):
+        raise AnybitsError(f"{what} failed: {getattr(answer[0], 'name', answer[0])}")
+
+
 def _checked(answer: tuple[Any, ...], what: str) -> Any:
-    """Return what a call gave besides its status; raise AnybitsError when the status is not 0."""
-    status, *rest = answer
-    if int(status):
-        raise AnybitsError(f"{what} failed: {getattr(status, 'name', status)}")
-    return rest[0] if len(rest) == 1 else tuple(rest)
+    """Return what a call gave behind its status; raise AnybitsError when the status is not 0."""
+    _done(answer, what)
+    return answer[1] if len(answer) == 2 else answer[1:]
 
 
 @cache
@@ -118,7 +122,7 @@ def compile_kernel(kernel: Kernel, arch: int) -> Compiled:
         raise AnybitsError(f"NVRTC could not compile {kernel.source} {dict(kernel.macros)} for sm_{arch}: {said}")
     size = _checked(nvrtc.nvrtcGetCUBINSize(program), "NVRTC")
     cubin = b" " * size
-    _checked(nvrtc.nvrtcGetCUBIN(program, cubin), "NVRTC")
+    _done(nvrtc.nvrtcGetCUBIN(program, cubin), "NVRTC")
     nvrtc.nvrtcDestroyProgram(program)
     spills = _number_before(said, " bytes spill stores") + _number_before(said, " bytes stack frame")
     return Compiled(cubin, _number_before(said, " registers"), spills, time.perf_counter() - started)
@@ -166,7 +170,9 @@ def cubin(kernel: Kernel, arch: int) -> bytes:
 
 @cache
 def _announce_once(arch: int) -> None:
-    logger.info("compiling CUDA kernels for sm_%d, about a second each the first time; kept in %s", arch, cache_folder())
+    logger.info(
+        "compiling CUDA kernels for sm_%d, about a second each the first time; kept in %s", arch, cache_folder()
+    )
 
 
 class Loaded:
@@ -180,7 +186,7 @@ class Loaded:
         function = _checked(driver.cuModuleGetFunction(self._module, kernel.entry.encode()), f"finding {kernel.entry}")
         if shared_bytes > 48 << 10:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            _checked(driver.cuFuncSetAttribute(function, attribute, shared_bytes), "asking for shared memory")
+            _done(driver.cuFuncSetAttribute(function, attribute, shared_bytes), "asking for shared memory")
         self._function = function
         self._launch = driver.cuLaunchKernel
 
@@ -198,17 +204,17 @@ class Loaded:
 
 def ensure_context(index: int) -> None:
     """Make device `index`'s primary context, which is torch's, current in this thread unless it is already."""
-    driver = _driver()
-    _checked(driver.cuInit(0), "starting the CUDA driver")
-    device = _checked(driver.cuDeviceGet(index), f"finding CUDA device {index}")
-    context = _primary_context(index, device)
+    context, driver = _primary_context(index), _driver()
     if int(_checked(driver.cuCtxGetCurrent(), "asking for the context")) != int(context):
-        _checked(driver.cuCtxSetCurrent(context), "entering the context")
+        _done(driver.cuCtxSetCurrent(context), "entering the context")
 
 
 @cache
-def _primary_context(index: int, device: Any) -> Any:
-    return _checked(_driver().cuDevicePrimaryCtxRetain(device), f"opening CUDA device {index}")
+def _primary_context(index: int) -> Any:
+    driver = _driver()
+    _done(driver.cuInit(0), "starting the CUDA driver")
+    device = _checked(driver.cuDeviceGet(index), f"finding CUDA device {index}")
+    return _checked(driver.cuDevicePrimaryCtxRetain(device), f"opening CUDA device {index}")
 
 
 _loaded: dict[tuple[Kernel, int, int], Loaded] = {}
