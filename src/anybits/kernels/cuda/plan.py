@@ -31,8 +31,10 @@ F32 = 2
 
 MAX_COLUMN_TILES = 8
 """Products of 8 columns side by side in one pass; with 16 the registers of a thread would not do."""
-MAX_MIXED_TILES = 4
-"""The same where each column has levels of its own precision."""
+NARROW_TILES = 4
+"""The same where each column has levels of its own precision, or shared memory holds few activations."""
+AMPLE_SHARED = 160 << 10
+"""Bytes of shared memory from which MAX_COLUMN_TILES leaves a block warps enough."""
 
 ACTIVATION_SHARE = 0.6
 """Share of shared memory that the quantized activations may take before the columns are split over blocks."""
@@ -180,9 +182,9 @@ def _weight_macros(shape: Shape) -> tuple[tuple[str, int], ...]:
     )
 
 
-def _column_tiles(columns: int, mixed: bool) -> int:
-    tiles = 1
-    while 8 * tiles < columns and tiles < (MAX_MIXED_TILES if mixed else MAX_COLUMN_TILES):
+def _column_tiles(columns: int, mixed: bool, device: Device) -> int:
+    tiles, most = 1, NARROW_TILES if mixed or device.shared_bytes < AMPLE_SHARED else MAX_COLUMN_TILES
+    while 8 * tiles < columns and tiles < most:
         tiles *= 2
     return tiles
 
@@ -191,7 +193,7 @@ def _signs(shape: Shape, rows: int, dtype: int, precision: int, device: Device, 
     mixed, top = not precision, precision or shape.precisions[-1]
     masks = tuning.masks or (4 if rows <= 2 else 1)
     slices = 4 if masks == 4 else 2
-    tiles = _column_tiles(rows * slices, mixed)
+    tiles = _column_tiles(rows * slices, mixed, device)
     rows = min(rows, 8 * tiles // slices)
     terms = (1 << top) - 1 if walsh else top
     level_bytes = (
@@ -213,7 +215,7 @@ def _signs(shape: Shape, rows: int, dtype: int, precision: int, device: Device, 
 def _codebook(shape: Shape, rows: int, dtype: int, precision: int, device: Device, tuning: Tuning) -> Product:
     mixed, top = not precision, precision or shape.precisions[-1]
     slices = 2 if dtype == F32 else 1
-    tiles = _column_tiles(rows * slices, mixed)
+    tiles = _column_tiles(rows * slices, mixed, device)
     rows = min(rows, 8 * tiles // slices)
     columns = rows * slices
     unit = columns * 256 + ceil(columns * 4 / 16) * 16
