@@ -12,6 +12,7 @@ from anybits.errors import AnybitsError
 from anybits.kernels import backend as kernels
 from anybits.kernels import cpu as _cpu  # noqa: F401  (registers the backend)
 from anybits.kernels import reference as _reference  # noqa: F401  (registers the backend)
+from anybits.mapped import Pages
 from anybits.precision import ModelPrecision, active, per_row
 from anybits.weight import PlaneWeight, check_precision, from_tensors
 
@@ -38,9 +39,14 @@ class PlaneModule(nn.Module):
         self.level_names: tuple[str, ...] = ()
         self.stored_precisions: tuple[int, ...] = ()
         self._plane_weight: PlaneWeight | None = None
+        self._pages: Pages | None = None
 
-    def set_plane_weight(self, weight: PlaneWeight) -> None:
-        """Take `weight` over; its tensors become this module's parameters without a copy."""
+    def set_plane_weight(self, weight: PlaneWeight, pages: Pages | None = None) -> None:
+        """Take `weight` over; its tensors become this module's parameters without a copy.
+
+        pages: where `weight` lies when it is mapped from a file. Once a backend has its own copy their memory is let
+        go; the parameters stay as they are and are read from the file when somebody looks at them.
+        """
         if (weight.out_features, weight.in_features) != (self.out_features, self.in_features):
             raise AnybitsError(
                 f"the weight is {weight.out_features} x {weight.in_features} where the layer is "
@@ -54,6 +60,7 @@ class PlaneModule(nn.Module):
         self.level_names = tuple(tensors)
         self.stored_precisions = weight.precisions
         self._forget()
+        self._pages = pages
 
     @property
     def plane_weight(self) -> PlaneWeight:
@@ -116,6 +123,8 @@ class PlaneLinear(PlaneModule):
         if self._backend is None:
             self._backend = kernels.choose(self.plane_weight, x.device)
             self._prepared = self._backend.prepare(self.plane_weight)
+            if self._pages is not None:
+                self._pages.give_back()
         wanted = per_row(active(self.default), x.shape[:-1])
         if isinstance(wanted, int):
             check_precision(wanted, self.stored_precisions)
