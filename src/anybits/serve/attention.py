@@ -6,8 +6,10 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional
 
 from anybits.serve.kv import BLOCK, KVCache, LayerShape, blocks_for
+from anybits.serve.tiles import TILE_ROWS
 
 
 def bucket(blocks: int) -> int:
@@ -45,16 +47,29 @@ class Span:
     blocks: list[int]
 
 
-@dataclass(frozen=True)
 class _Part:
-    """Sequences that attend together: `rows` `[B, Q]` of the batch over `slots` `[B, L]` of the pools.
+    """Sequences that attend together: `rows` `[B, Q]` of the batch over `slots` `[B * L]` of the pools.
 
     distance `[B, Q, L]`: how far a slot's position lies before the row's; negative is the future.
     """
 
-    rows: torch.Tensor
-    slots: torch.Tensor
-    distance: torch.Tensor
+    def __init__(self, rows: torch.Tensor, slots: torch.Tensor, distance: torch.Tensor) -> None:
+        self.rows, self.slots = rows.flatten(), slots.flatten()
+        self.batch, self.rows_each = rows.shape
+        self._distance = distance
+        self._visible: dict[tuple[int, int | None, int], torch.Tensor] = {}
+
+    def visible(self, shared: int, window: int | None, padding: int) -> torch.Tensor:
+        """Return bool `[B, shared * Q + padding, L]`; made once for all layers of one kind."""
+        kind = (shared, window, padding)
+        if kind not in self._visible:
+            seen = self._distance >= 0
+            if window is not None:
+                seen &= self._distance < window
+            seen = seen.repeat(1, shared, 1)
+            # a padding row that saw nothing would be NaN
+            self._visible[kind] = functional.pad(seen, (0, 0, 0, padding), value=True)
+        return self._visible[kind]
 
     @classmethod
     def of(cls, spans: list[Span], length: int, device: torch.device) -> _Part:
@@ -101,7 +116,8 @@ class PagedAttention:
         heads, count, _ = query.shape
         out = query.new_empty(heads, count, value.shape[-1])
         for part in self._parts:
-            out[:, part.rows.flatten()] = self._attend(part, query, keys, values, scaling, window, softcap)
+            attended = self._attend(part, query, keys, values, scaling, window, softcap)
+            out[:, part.rows] = attended
         return out.transpose(0, 1)
 
     @staticmethod
@@ -115,17 +131,17 @@ class PagedAttention:
         softcap: float | None,
     ) -> torch.Tensor:
         """Return `[H, B * Q, Dv]`; the query heads that share a key head lie in one matrix product."""
-        batch, rows = part.rows.shape
+        batch, rows = part.batch, part.rows_each
         kv_heads, shared = keys.shape[0], query.shape[0] // keys.shape[0]
-        k = keys.index_select(1, part.slots.flatten()).view(kv_heads, batch, -1, keys.shape[-1])
-        v = values.index_select(1, part.slots.flatten()).view(kv_heads, batch, -1, values.shape[-1])
-        q = query.index_select(1, part.rows.flatten()).view(kv_heads, shared, batch, rows, -1)
+        k = keys.index_select(1, part.slots).view(kv_heads, batch, -1, keys.shape[-1])
+        v = values.index_select(1, part.slots).view(kv_heads, batch, -1, values.shape[-1])
+        q = query.index_select(1, part.rows).view(kv_heads, shared, batch, rows, -1)
         q = q.transpose(1, 2).reshape(kv_heads, batch, shared * rows, -1)
-        visible = part.distance >= 0
-        if window is not None:
-            visible = visible & (part.distance < window)
-        out = attend(q, k, v, visible.repeat(1, shared, 1), scaling, softcap)
-        out = out.view(kv_heads, batch, shared, rows, -1).transpose(1, 2)
+        padding = max(TILE_ROWS - shared * rows, 0) if q.dtype == torch.float32 else 0
+        if padding:
+            q = functional.pad(q, (0, 0, 0, padding))
+        out = attend(q, k, v, part.visible(shared, window, padding), scaling, softcap)[:, :, : shared * rows]
+        out = out.reshape(kv_heads, batch, shared, rows, -1).transpose(1, 2)
         return out.reshape(query.shape[0], batch * rows, -1)
 
 

@@ -19,6 +19,7 @@ from anybits.serve.attention import PagedAttention, ShapeProbe, Span
 from anybits.serve.kv import BLOCK, BlockPool, KVCache, blocks_for, blocks_in
 from anybits.serve.scheduler import Scheduler
 from anybits.serve.sequence import Chunk, Sequence, Token
+from anybits.serve.tiles import tile_linears
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class Engine:
     def __init__(self, model: Any, limits: Limits | None = None) -> None:
         limits = limits or Limits()
         use_packed_attention(model)
+        tile_linears(model)
         self.model, self.device = model, next(model.parameters()).device
         self.precisions: tuple[int, ...] = tuple(model.precisions)
         probe = ShapeProbe()
