@@ -164,6 +164,44 @@ def test_cancelling_frees_slot_and_blocks_at_once(llama: transformers.PreTrained
     assert engine.idle
 
 
+def test_a_request_that_breaks_a_step_fails_alone(
+    llama: transformers.PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = requests(9, seed=3)
+    alone = [run(Engine(llama), [request], 1)[0] for request in wanted]
+    engine = Engine(llama)
+    sequences = [Sequence(p, n, Fixed(precision)) for p, precision, n in wanted]
+    at_prompt, while_decoding, when_sampling = sequences[1], sequences[4], sequences[7]
+    forward, sampler = engine.forward, when_sampling.sampler
+
+    def broken_forward(chunks: list[Chunk]) -> torch.Tensor:
+        inside = {c.sequence: c.start for c in chunks}
+        if at_prompt in inside or inside.get(while_decoding, 0) == len(while_decoding.prompt) + 2:
+            raise RuntimeError("injected")
+        return forward(chunks)
+
+    def broken_choice(*_: object) -> None:
+        raise RuntimeError("injected")
+
+    monkeypatch.setattr(engine, "forward", broken_forward)
+    monkeypatch.setattr(type(sampler), "plain", property(lambda self: self is not sampler))
+    monkeypatch.setattr(sampler, "choose", broken_choice)
+    failed: list[Sequence] = []
+    for sequence in sequences:
+        engine.add(sequence)
+    while not engine.idle:
+        engine.step()
+        failed += engine.failed
+        assert engine.scheduler.pool.used == sum(len(s.blocks) for s in engine.scheduler.running)
+    assert engine.scheduler.pool.used == 0
+    assert sorted(map(id, failed)) == sorted(map(id, (at_prompt, while_decoding, when_sampling)))
+    assert {s.finish for s in failed} == {"error"}
+    for sequence, expected in zip(sequences, alone, strict=True):
+        written = sequence.tokens[len(sequence.prompt) :]
+        assert written == (expected if sequence not in failed else expected[: len(written)])
+    assert while_decoding.generated == 3
+
+
 def test_prompt_rows_may_run_at_a_precision_of_their_own(llama: transformers.PreTrainedModel) -> None:
     prompt = requests(4)[3][0]
     plain, careful = Sequence(prompt, 5, Fixed(2)), Sequence(prompt, 5, Fixed(2), prefill=4)
