@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from anybits.config import Single
 from anybits.errors import AnybitsError
 
 app = typer.Typer(
@@ -79,7 +80,9 @@ def quantize(
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(help="Text to continue.", show_default=False)],
-    precision: Annotated[int | None, typer.Option(help="Bits to run at. Default: the highest stored.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="Bits to run at, or a profile such as 2.5. Default: the highest stored.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy; higher is more random.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
@@ -91,6 +94,8 @@ def generate(
     from anybits.integrations import transformers as hf
 
     loaded = hf.load_model(model, max_precision=precision)
+    if precision is not None:
+        loaded.set_precision(precision)
     hf.generate_text(loaded, hf.load_tokenizer(model), prompt, max_new_tokens, temperature, seed, stream=True)
 
 
@@ -103,7 +108,9 @@ def evaluate(
     tasks: Annotated[str | None, typer.Option(help="lm-eval tasks instead of a text: TASK[,TASK].")] = None,
     include_path: Annotated[Path | None, typer.Option(help="Folder with lm-eval task files of your own.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Documents of each lm-eval task.")] = None,
-    precisions: Annotated[str | None, typer.Option(help="Precisions, as 2,3,4 or 2-4. Default: all stored.")] = None,
+    precisions: Annotated[
+        str | None, typer.Option(help="Precisions and profiles, as 2,2.5,3 or 2-4. Default: all stored.")
+    ] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens of a window; windows do not overlap.")] = 512,
     max_tokens: Annotated[int | None, typer.Option(help="Use only this many tokens of the text.")] = None,
     reference: Annotated[
@@ -117,11 +124,11 @@ def evaluate(
     Example: `anybits eval llama-any --precisions 2,3,4 --text corpus.txt --json r.json --plot r.png`
     """
     from anybits import checkpoint, terminal
-    from anybits.config import parse_precisions
+    from anybits.config import parse_singles
     from anybits.evaluate import evaluation, report
     from anybits.integrations import transformers as hf
 
-    chosen = hf.stored_config(model).precisions if precisions is None else parse_precisions(precisions)
+    chosen = hf.stored_config(model).singles if precisions is None else parse_singles(precisions)
     if (text is None) == (tasks is None):
         raise AnybitsError("eval needs one thing to measure: --text FILE or --tasks TASK[,TASK]")
     if tasks is not None:
@@ -138,7 +145,12 @@ def evaluate(
 
 
 def _run_tasks(
-    model: str, tasks: str, precisions: tuple[int, ...], include_path: Path | None, limit: int | None, out: Path | None
+    model: str,
+    tasks: str,
+    precisions: tuple[Single, ...],
+    include_path: Path | None,
+    limit: int | None,
+    out: Path | None,
 ) -> None:
     from anybits import checkpoint, terminal
     from anybits.integrations import lm_eval
@@ -211,7 +223,7 @@ def import_(
 def export(
     model: Model,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write the dense model to.")],
-    precision: Annotated[int, typer.Option(help="The precision to write, in bits.", show_default=False)],
+    precision: Annotated[str, typer.Option(help="The precision or profile to write.", show_default=False)],
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
 ) -> None:
     """Write one precision as an ordinary dense model, for tools that do not know anybits.
@@ -255,7 +267,7 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
     name: Annotated[str | None, typer.Option(help="Name of the model in requests. Default: the folder's.")] = None,
     precision: Annotated[
-        str | None, typer.Option(help="Bits of requests that name none, or auto. Default: the highest stored.")
+        str | None, typer.Option(help="Bits or profile of requests that name none, or auto. Default: highest.")
     ] = None,
     api_key: Annotated[
         str | None, typer.Option(envvar="ANYBITS_API_KEY", help="Key that clients must send.", show_envvar=True)

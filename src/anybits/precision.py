@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -40,9 +41,14 @@ class ModelPrecision:
 
     def codes(self, values: Sequence[object]) -> torch.Tensor:
         """Return int32 codes `[len(values)]` for a precision of each row; raise AnybitsError for one not stored."""
-        checked = map(self.check, values)
-        plain = [v if isinstance(v, int) else FIRST_PROFILE + self.profiles.index(v) for v in checked]
-        return torch.tensor(plain, dtype=torch.int32)
+        known = self._codes
+        if not all(value in known for value in values):
+            values = [self.check(value) for value in values]
+        return torch.tensor([known[value] for value in values], dtype=torch.int32)
+
+    @cached_property
+    def _codes(self) -> dict[object, int]:
+        return {p: p for p in self.precisions} | {name: FIRST_PROFILE + i for i, name in enumerate(self.profiles)}
 
 
 @contextmanager

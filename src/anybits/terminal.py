@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from anybits.config import Single
 from anybits.errors import AnybitsError
 from anybits.evaluate.kernels import KernelTiming
 from anybits.evaluate.report import Evaluation
@@ -100,7 +101,7 @@ def result_table(evaluation: Evaluation) -> Table:
     return table
 
 
-def task_table(model: str, results: dict[int, dict[str, dict[str, Any]]]) -> Table:
+def task_table(model: str, results: dict[Single, dict[str, dict[str, Any]]]) -> Table:
     """Return the table of lm-eval results: a row for each task and metric, a column for each precision."""
     table = Table(title=model)
     table.add_column("task")
@@ -145,4 +146,17 @@ def inspection_tables(facts: dict[str, Any]) -> list[Table]:
         parts.add_column(column, justify="right")
     for name, size in facts["stored_bytes"].items():
         parts.add_row(name, f"{size / 1e6:.2f}")
-    return [head, parts]
+    return [head, *_profile_tables(facts["profiles"]), parts]
+
+
+def _profile_tables(profiles: list[dict[str, Any]]) -> list[Table]:
+    if not profiles:
+        return []
+    table = Table(title="profiles")
+    for column in ("profile", "MB read", "bits/weight", "effective bits", "matrices at each precision"):
+        table.add_column(column, justify="left" if column.startswith("matrices") else "right")
+    for row in profiles:
+        counts = ", ".join(f"{count} at {p}" for p, count in row["matrices"].items())
+        numbers = (f"{row['weight_bytes'] / 1e6:.2f}", f"{row['bits_per_weight']:.3f}", f"{row['effective_bits']:.3f}")
+        table.add_row(row["profile"], *numbers, counts)
+    return [table]
