@@ -202,6 +202,38 @@ def report(
     console.print(f"wrote {out / 'report.html'} and {out / 'report.md'}", highlight=False)
 
 
+@app.command(rich_help_panel="Main")
+def profile(
+    model: Model,
+    text: Annotated[str, typer.Option(help="Calibration text file or dataset; keep it apart from evaluation text.")],
+    budgets: Annotated[
+        str | None, typer.Option(help="Bits, as 2.25,2.5 or NAME=2.3. Default: every quarter of a bit.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 16,
+    seq_len: Annotated[int, typer.Option(help="Tokens of a calibration sequence.")] = 512,
+    generations: Annotated[int, typer.Option(help="Generations of the search; 0 takes the estimate as it is.")] = 12,
+    seed: Annotated[int, typer.Option(help="Seed of all that is random: the same seed finds the same.")] = 0,
+    reference: Annotated[
+        str | None, typer.Option(help="Float model to stay close to. Default: the highest stored precision.")
+    ] = None,
+) -> None:
+    """Give every matrix a precision of its own, so that MODEL also runs at 2.5 bits; stored in the checkpoint.
+
+    What was measured is kept beside the model: an interrupted run goes on where it stopped, and another budget
+    costs only its search.
+
+    Example: `anybits profile llama-any --text corpus.txt --budgets 2.25,2.5,2.75`
+    """
+    from anybits import terminal
+    from anybits.evaluate import profiling
+    from anybits.quantize.profile_search import Search
+
+    settings = profiling.Settings(samples, seq_len, seed, Search(generations=generations))
+    wanted = None if budgets is None else profiling.parse_budgets(budgets)
+    with terminal.profiling_progress(console) as progress:
+        profiling.profile_model(model, text, wanted, settings, reference, progress)
+
+
 @app.command("import", rich_help_panel="Interoperate")
 def import_(
     source: Annotated[str, typer.Argument(help="Folder that Any-Precision's or AnyBCQ's own code wrote.")],

@@ -15,6 +15,8 @@ from rich.table import Table
 from anybits.config import Single
 from anybits.errors import AnybitsError
 from anybits.evaluate.kernels import KernelTiming
+from anybits.evaluate.profiling import Found
+from anybits.evaluate.profiling import Progress as Profiling
 from anybits.evaluate.report import Evaluation
 from anybits.quantize.pipeline import BlockReport, Progress
 
@@ -83,6 +85,38 @@ def counted(console: Console, label: str) -> Iterator[Callable[[int, int], None]
     with _bar(console) as bar:
         task = bar.add_task(label, note="", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def profiling_progress(console: Console) -> Iterator[Profiling]:
+    """Give callbacks that show sensitivities and searches, and a line for each profile found."""
+
+    def found(one: Found) -> None:
+        how = "found before" if one.kept else f"divergence {one.knapsack_loss:.5f} -> {one.loss:.5f}"
+        size = f"{one.weight_bytes:,} of {one.budget_bytes:,} bytes"
+        console.print(f"profile {one.name}: {size}, {how}", highlight=False, soft_wrap=True)
+
+    if console.is_terminal:
+        with _bar(console) as bar:
+            tasks: dict[str, Any] = {}
+
+            def step(label: str, done: int, total: int) -> None:
+                if label not in tasks:
+                    tasks[label] = bar.add_task(label, note="", total=total)
+                bar.update(tasks[label], completed=done)
+
+            yield Profiling(
+                lambda done, total: step("sensitivities", done, total),
+                lambda name, done, total: step(f"searching {name}", done, total),
+                found,
+            )
+        return
+
+    def measured(done: int, total: int) -> None:
+        if done == total or done % max(1, total // 8) == 0:
+            console.print(f"sensitivities: {done}/{total} matrices", highlight=False)
+
+    yield Profiling(measured, found=found)
 
 
 def result_table(evaluation: Evaluation) -> Table:

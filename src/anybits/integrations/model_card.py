@@ -7,7 +7,6 @@ from itertools import dropwhile
 
 from anybits.config import Single, StoredConfig, precision_order
 
-
 TABLE_HEAD = "| precision | quantized weights read | bits a weight |\n|---|---|---|"
 
 
