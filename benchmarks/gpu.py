@@ -1,6 +1,6 @@
 """One command for a machine with an NVIDIA GPU: check, time, sweep rows and tunings; a short table comes last.
 
-    python benchmarks/gpu.py --out gpu.jsonl [--stages check time rows mixed tune] [--minutes 9]
+    python benchmarks/gpu.py --out gpu.jsonl [--stages check rates time rows mixed tune] [--minutes 9]
 
 Every result is one JSON line in --out. A line that is there already is not measured again, so a stopped run goes on
 where it was. Needs torch for CUDA and cuda-bindings; anybits may be imported from src/ beside this folder.
@@ -12,9 +12,11 @@ import argparse
 import itertools
 import json
 import os
+import struct
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "src"))
@@ -27,7 +29,7 @@ from anybits.kernels.cuda import backend as cuda
 from anybits.kernels.cuda import plan, toolchain
 from anybits.weight import PlaneWeight
 
-STAGES = ("check", "time", "rows", "mixed", "tune")
+STAGES = ("check", "rates", "time", "rows", "mixed", "tune")
 METHODS = ("anybcq", "any-precision")
 TUNED_SHAPES = ((4096, 14336), (8192, 28672))
 TUNINGS = [
@@ -96,6 +98,63 @@ def seconds_of(copies: list, m: int, precision: int | torch.Tensor) -> float:
     x = torch.randn(m, copies[0].shape.in_features, dtype=torch.bfloat16, device="cuda")
     backend = cuda.CudaBackend()
     return timing.graph_seconds(lambda i: backend.matmul(x, copies[i], precision), len(copies), 5)
+
+
+@dataclass(frozen=True)
+class RateKernel:
+    """A kernel of nothing but one tensor-core instruction: how fast it can be at all."""
+
+    instruction: str
+    width: int  # columns of the first operand
+    registers: tuple[int, int]  # of the two operands
+    float_sums: bool = False
+    source: str = "rate.cu"
+    entry: str = "rate"
+    macros: tuple = ()
+
+    def text(self) -> str:
+        sums, first = ["%0", "%1", "%2", "%3"], [f"%{4 + i}" for i in range(self.registers[0])]
+        second = [f"%{4 + self.registers[0] + i}" for i in range(self.registers[1])]
+        operands = ", ".join("{" + ",".join(part) + "}" for part in (sums, first, second, sums))
+        kind, letter = ("float", "f") if self.float_sums else ("int", "r")
+        outputs = ", ".join(f'"+{letter}"(c[j][{i}])' for i in range(4))
+        inputs = ", ".join(f'"r"(v[{i}])' for i in range(sum(self.registers)))
+        return f"""extern "C" __global__ void rate(int *out) {{
+            unsigned v[6];
+            for (int i = 0; i < 6; i++) v[i] = threadIdx.x * 2654435761u >> i & 0x3c003c00u;
+            {kind} c[8][4] = {{}};
+            for (int n = 0; n < 1024; n++)
+            #pragma unroll
+                for (int j = 0; j < 8; j++) asm volatile("{self.instruction} {operands};" : {outputs} : {inputs});
+            {kind} sum = 0;
+            for (int j = 0; j < 8; j++) for (int i = 0; i < 4; i++) sum += c[j][i];
+            out[blockIdx.x * blockDim.x + threadIdx.x] = (int)sum;
+        }}"""
+
+
+RATES = {
+    "8-bit": RateKernel("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32", 32, (4, 2)),
+    "1-bit": RateKernel("mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc", 128, (2, 1)),
+    "1-bit, wide": RateKernel("mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc", 256, (4, 2)),
+    "fp16": RateKernel("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32", 16, (4, 2), float_sums=True),
+}
+
+
+def rates(run: Run, weights: Weights) -> None:
+    """Products a second of each instruction: 16 x 8 x width multiply-adds each."""
+    gpu = cuda._gpu(torch.cuda.current_device())
+    blocks, threads = 2 * gpu.device.multiprocessors, 512
+    out = torch.zeros(blocks * threads, dtype=torch.int32, device="cuda")
+    for name, kernel in RATES.items():
+        if run.have(stage="rates", name=name):
+            continue
+        launch = plan.Launch(kernel, (blocks, 1), threads, 0)
+        arguments = struct.pack("<Q", out.data_ptr())
+        us = timing.graph_seconds(lambda _, at=launch, a=arguments: cuda._launch(gpu, at, a), 1, 5) * 1e6
+        products = blocks * threads / 32 * 8 * 1024 / us * 1e6
+        bits = products * 16 * kernel.width  # plane bits that meet 8 columns
+        run.add(stage="rates", name=name, us=us, tera_multiply_adds=products * 128 * kernel.width / 1e12,
+                tera_bits_at_8_columns=bits / 1e12)  # fmt: skip
 
 
 def check(run: Run, weights: Weights) -> None:
@@ -210,6 +269,8 @@ def table(run: Run) -> None:
                     + (f"  dense path {line['dense_path_us']:8.2f} us" if "dense_path_us" in line else "")
                 )
     for line in run.lines:
+        if line["stage"] == "rates":
+            print(f"rate {line['name']:12s} {line['tera_multiply_adds']:7.0f} tera multiply-adds a second")
         if line["stage"] == "mixed":
             print(f"mixed {line['method']:13s} m {line['m']:3d} {line['us']:8.2f} us = {line['ratio']:.2f} of highest")
     tuned = [line for line in run.lines if line["stage"] == "tune" and line["us"]]
@@ -233,6 +294,7 @@ def main() -> None:
     large = SHAPES["llama-3.1-8b"] + SHAPES["llama-3.3-70b"]
     stages = {
         "check": lambda: check(run, weights),
+        "rates": lambda: rates(run, weights),
         "time": lambda: timed(run, weights, "time", large, (1,), (2, 3, 4)),
         "rows": lambda: timed(run, weights, "rows", TUNED_SHAPES, (2, 4, 8, 16, 32, 64, 128), (2, 4)),
         "mixed": lambda: mixed(run, weights),

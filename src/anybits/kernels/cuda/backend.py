@@ -181,7 +181,7 @@ class _Product(torch.autograd.Function):
     """The kernel's product, differentiable in x."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: tuple[Any, ...], precision: int, rows: torch.Tensor | None) -> Any:
+    def forward(ctx: Any, x: torch.Tensor, weight: Any, precision: int, rows: torch.Tensor | None) -> Any:
         ctx.saved = weight, precision, rows
         return _matmul(x, *weight, precision, rows)
 

@@ -7,7 +7,7 @@ Plain torch on any device; csrc/cuda/common.h says what a kernel sees. Everythin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from math import ceil
 
 import torch
@@ -57,7 +57,9 @@ class Shape:
 
     def ints(self) -> list[int]:
         """Return the fields in order: Shape(*shape.ints()) is the same shape."""
-        return list(astuple(self))
+        # Written out, because torch.compile follows this and not dataclasses.astuple.
+        sizes = [self.out_features, self.in_features, self.codebook, self.groups, self.group_units, self.subgroups]
+        return [*sizes, self.row_group, self.level_dtype, self.offsets, self.stored]
 
 
 @dataclass(frozen=True, eq=False)
