@@ -22,8 +22,18 @@ def codebook(top: int = 8, n: int = 4096, k: int = 4096) -> Shape:
     return Shape(n, k, 1, 1, 1, 1, 1, 2, 1, (2 << top) - 4)
 
 
+def smallest(arch: int) -> Iterator[Kernel]:
+    """One of each source, quick to compile: that it compiles everywhere."""
+    gpu, default = Device(132, SHARED[arch] << 10), Tuning()
+    yield product(affine(), 1, 1, 2, gpu, default).launch.kernel
+    yield product(codebook(), 1, 1, 2, gpu, Tuning(kernel="codebook")).launch.kernel
+    yield product(affine(), 4, 1, 2, gpu, Tuning(kernel="simple")).launch.kernel
+    yield dequantization(affine(), 1, 2).kernel
+    yield product(affine(), 1, 1, 2, gpu, default).reduction(affine(), 1, 1).kernel
+
+
 def representative(arch: int) -> Iterator[Kernel]:
-    """One of each kind, the largest among them: enough to see that a source compiles everywhere."""
+    """One of each kind, the largest among them."""
     gpu = Device(132, SHARED[arch] << 10)
     default = Tuning()
     yield product(affine(), 1, 1, 2, gpu, default).launch.kernel

@@ -1,6 +1,6 @@
 """Every CUDA source through NVRTC for every architecture, without a GPU: it compiles, and no register spills.
 
-`make test-cuda-compile` compiles every variant and prints registers; the ordinary run takes one of each kind.
+`make test-cuda-compile` compiles every variant and prints registers; the ordinary run takes one of each source.
 """
 
 import importlib.util
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from anybits.kernels.cuda import toolchain
-from cuda_variants import SHARED, every, representative
+from cuda_variants import SHARED, every, smallest
 
 if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
     pytest.skip("cuda-bindings is not installed: pip install 'anybits[cuda]'", allow_module_level=True)
@@ -25,7 +25,7 @@ ALL = os.environ.get("ANYBITS_ALL_VARIANTS", "0") not in ("", "0")
 @pytest.mark.parametrize("arch", SHARED)
 def test_compiles_without_spills(arch, capsys):
     report = []
-    for kernel in every(arch) if ALL else representative(arch):
+    for kernel in every(arch) if ALL else smallest(arch):
         compiled = toolchain.compile_kernel(kernel, arch)
         macros = " ".join(f"{name}={value}" for name, value in kernel.macros)
         report.append(f"sm_{arch} {compiled.registers:3d} registers {compiled.spills} spilled {kernel.source} {macros}")
@@ -41,7 +41,7 @@ def test_compiles_without_spills(arch, capsys):
 
 def test_cubins_are_kept_and_found(tmp_path, monkeypatch):
     monkeypatch.setenv("ANYBITS_CACHE", str(tmp_path))
-    kernel = next(k for k in representative(90) if k.source == "reduce.cu")
+    kernel = next(k for k in smallest(90) if k.source == "reduce.cu")
     first = toolchain.cubin(kernel, 90)
     files = list((tmp_path / "cuda").iterdir())
     assert [f.suffix for f in files] == [".cubin"]
@@ -55,7 +55,7 @@ def test_a_folder_that_cannot_be_written_costs_only_time(tmp_path, monkeypatch):
     file = tmp_path / "file"
     file.write_text("")
     monkeypatch.setenv("ANYBITS_CACHE", str(file))
-    kernel = next(k for k in representative(80) if k.source == "reduce.cu")
+    kernel = next(k for k in smallest(80) if k.source == "reduce.cu")
     assert toolchain.cubin(kernel, 80)[:4] == b"\x7fELF"
 
 

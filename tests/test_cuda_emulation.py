@@ -14,7 +14,7 @@ import torch
 
 from anybits import bits
 from anybits.errors import AnybitsError
-from anybits.kernels.cuda import layout, plan
+from anybits.kernels.cuda import backend, layout, plan
 from anybits.kernels.cuda.layout import DTYPES, Shape
 from anybits.weight import AffineLevels, CodebookLevels, PlaneWeight, group_count
 from cuda_emulation.emulator import COMPILER, Emulator
@@ -197,3 +197,35 @@ def test_wrong_tunings_are_named():
     ):
         with pytest.raises(AnybitsError, match=said):
             plan.tuning_from_environment(text, kernel)
+
+
+@emulated
+def test_the_backend_launches_what_it_plans(emulator, monkeypatch):
+    """The torch side of the backend with the emulator in the driver's place: passes, slices, the dense path."""
+    alive = []
+
+    def tensor(*args, **kwargs):
+        alive.append(empty(*args, **kwargs))
+        return alive[-1].fill_(torch.nan)
+
+    def launch(_gpu, planned, arguments):
+        emulator.launch(planned, arguments, alive[:-1], alive[-1])
+
+    empty = torch.empty
+    monkeypatch.setattr(backend, "_launch", launch)
+    monkeypatch.setattr(backend, "_gpu", lambda index: backend._Gpu(0, 90, HOPPER))
+    weight = weight_of(20, 300, 128)
+    prepared, x, rows = layout.prepare(weight), torch.randn(33, 300), torch.arange(33, dtype=torch.int32) % 8 + 1
+    keep = [x, rows, prepared.planes, prepared.levels, prepared.row_scale]
+    product = backend.CudaBackend().matmul
+    monkeypatch.setattr(torch, "empty", tensor)
+    for count, p, dense in ((18, rows[:18], False), (3, 2, True), (3, rows[:3], True)):
+        alive[:] = keep
+        if dense:
+            monkeypatch.setattr(plan, "DENSE_ROWS", dict.fromkeys(range(1, 9), 1))
+            monkeypatch.setattr(plan, "DENSE_ROWS_MIXED", 1)
+        assert error(product(x[:count], prepared, p), x[:count], weight, p) < TOLERANCE[F32]
+    with pytest.raises(AnybitsError, match="precision 9 is not stored"):
+        product(x, prepared, 9)
+    with pytest.raises(AnybitsError, match=r"shape \[33, 200\] where \[M, 300\]"):
+        product(x[:, :200], prepared, 2)

@@ -183,7 +183,8 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: Any, precision: int, rows: torch.Tensor | None) -> Any:
         ctx.saved = weight, precision, rows
-        return _matmul(x, *weight, precision, rows)
+        planes, levels, walsh, row_scale, shape = weight
+        return _matmul(x, planes, levels, walsh, row_scale, shape, precision, rows)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
