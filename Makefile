@@ -4,13 +4,24 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-gpu test-cuda-compile test-cuda-emulation lint clean
 
 demo: $(STAMP)
 	$(BIN)/anybits demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# On a machine with an NVIDIA GPU: the whole matrix, graphs, streams, torch.compile.
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -m gpu tests/test_kernels_cuda.py
+
+# Without a GPU: every kernel variant for every architecture (minutes), and the whole matrix on the emulator (minutes).
+test-cuda-compile: $(STAMP)
+	ANYBITS_ALL_VARIANTS=1 $(BIN)/python -m pytest tests/test_cuda_compile.py
+
+test-cuda-emulation: $(STAMP)
+	ANYBITS_ALL_VARIANTS=1 $(BIN)/python -m pytest tests/test_cuda_emulation.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check src tests scripts benchmarks

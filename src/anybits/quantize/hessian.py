@@ -178,8 +178,8 @@ def stages(runner: BlockRunner, targets: list[Target], hidden: torch.Tensor) -> 
 def collect(
     runner: BlockRunner,
     groups: list[list[str]],
-    float_path: list[torch.Tensor],
-    paths: list[list[torch.Tensor]],
+    float_path: Sequence[torch.Tensor],
+    paths: list[Sequence[torch.Tensor]],
     replaced: Sequence[Mapping[str, torch.Tensor]],
     cross: bool,
     plain: bool = False,

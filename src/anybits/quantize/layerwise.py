@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -22,8 +22,8 @@ def improve_block(
     runner: BlockRunner,
     targets: list[Target],
     start: Mapping[str, PlaneWeight],
-    float_path: list[torch.Tensor],
-    paths: Mapping[int, list[torch.Tensor]],
+    float_path: Sequence[torch.Tensor],
+    paths: Mapping[int, Sequence[torch.Tensor]],
     settings: DataAware,
 ) -> dict[str, PlaneWeight]:
     """Return `start`, the block's data-free weights by module, with codes and levels that fit their inputs.
