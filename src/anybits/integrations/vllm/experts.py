@@ -154,9 +154,7 @@ class PlaneExpertsMethod(FusedMoEMethodBase):
         shared_experts_input: torch.Tensor | None,
     ) -> torch.Tensor:
         """Return `[M, H]`; shared experts are the caller's business."""
-        return torch.ops.anybits.vllm_experts(
-            x, topk_weights, topk_ids, layer.row_precisions, layer.plane_handle
-        )
+        return torch.ops.anybits.vllm_experts(x, topk_weights, topk_ids, layer.row_precisions, layer.plane_handle)
 
 
 _announced: set[str] = set()

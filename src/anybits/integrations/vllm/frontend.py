@@ -39,8 +39,9 @@ def install() -> None:
         request.cache_salt = salted(request.cache_salt, precision)
         return request
 
-    process_inputs.anybits = True
-    InputProcessor.process_inputs = process_inputs
+    hooked: Any = process_inputs
+    hooked.anybits = True
+    InputProcessor.process_inputs = hooked
 
 
 def engine_options(vllm_config: Any) -> EngineOptions | None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
 from vllm.model_executor.parameter import (
     ChannelQuantScaleParameter,
@@ -86,7 +85,7 @@ class PlaneLinearMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -119,7 +118,7 @@ class PlaneLinearMethod(LinearMethodBase):
         layer.register_buffer("row_precisions", self.rows.buffer, persistent=False)
         layer.anybits_rows, layer.anybits_shape = self.rows, (n, k)
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Hand the weight to its backend and drop the parameters that it was loaded into."""
         if hasattr(layer, "plane_handle"):
             raise AnybitsError("anybits layers cannot be loaded twice: start a new engine for new weights")
@@ -133,7 +132,7 @@ class PlaneLinearMethod(LinearMethodBase):
         layer.anybits = serve(weight, self.rows, self.capturing)
         layer.register_buffer("plane_handle", publish(layer.anybits), persistent=False)
 
-    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Return `[..., N]` in x's dtype for x `[..., K]`."""
         n, k = layer.anybits_shape
         y = torch.ops.anybits.vllm_linear(x.reshape(-1, k), layer.row_precisions, layer.plane_handle, n)

@@ -35,19 +35,18 @@ def install() -> None:
             return original(self, model_config, model)
         return _read(self, model_config, model, layers)
 
-    get_all_weights.anybits = True
-    DefaultModelLoader.get_all_weights = get_all_weights
+    hooked: Any = get_all_weights
+    hooked.anybits = True
+    DefaultModelLoader.get_all_weights = hooked
 
 
-def plane_layers(model: nn.Module) -> list[nn.Module]:
+def plane_layers(model: nn.Module) -> list[Any]:
     """Return the layers of a vLLM model that run on planes."""
     methods = (PlaneLinearMethod, PlaneExpertsMethod)
     return [module for module in model.modules() if isinstance(getattr(module, "quant_method", None), methods)]
 
 
-def _read(
-    loader: Any, model_config: Any, model: nn.Module, layers: list[nn.Module]
-) -> Iterator[tuple[str, torch.Tensor]]:
+def _read(loader: Any, model_config: Any, model: nn.Module, layers: list[Any]) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (stored name, tensor); stacks of experts go directly to their layers."""
     _, files, safetensors, _ = loader._prepare_weights(model_config.model, None, model_config.revision, False, None)
     if not safetensors:
@@ -59,15 +58,13 @@ def _read(
         loader.counter_before_loading_weights = time.perf_counter()
     yield from stream(reader, stored, model, layers)
     total = sum(reader.stored_bytes(name) for name in reader.names())
-    logger.info(
-        "anybits: %d of %d bytes read for precisions up to %d", reader.bytes_read, total, stored.precisions[-1]
-    )
+    logger.info("anybits: %d of %d bytes read for precisions up to %d", reader.bytes_read, total, stored.precisions[-1])
     for source in getattr(model, "secondary_weights", ()):
         yield from loader._get_weights_iterator(source)
 
 
 def stream(
-    reader: CheckpointReader, stored: StoredConfig, model: nn.Module, layers: list[nn.Module]
+    reader: CheckpointReader, stored: StoredConfig, model: nn.Module, layers: list[Any]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield what `stored`'s precisions need of a checkpoint, without the empty `weight` of plane modules."""
     mapper = getattr(model, "hf_to_vllm_mapper", None)
@@ -95,7 +92,7 @@ def _needed(leaf: str, precisions: tuple[int, ...]) -> bool:
     return leaf == "planes" or (kind in ("scales", "offsets", "centroids") and int(precision) in precisions)
 
 
-def _take_dtype(layers: list[nn.Module], reader: CheckpointReader) -> None:
+def _take_dtype(layers: list[Any], reader: CheckpointReader) -> None:
     """Give the layers' empty levels the dtype of the stored ones, or float32 when they differ among themselves."""
     levels = ("scales", "offsets", "centroids")
     names = (name for name in reader.names() if name.rpartition(".")[2].rpartition("_")[0] in levels)

@@ -21,7 +21,7 @@ def install(use_v2_model_runner: bool) -> None:
 
 def row_precisions(model: nn.Module) -> list[RowPrecisions]:
     """Return the buffers that the plane layers of a model read: one, or none."""
-    found = {id(m.anybits_rows): m.anybits_rows for m in model.modules() if hasattr(m, "anybits_rows")}
+    found: dict[int, Any] = {id(m.anybits_rows): m.anybits_rows for m in model.modules() if hasattr(m, "anybits_rows")}
     return list(found.values())
 
 
@@ -48,12 +48,15 @@ def _install_v1() -> None:
             rows.fill(precisions, np.diff(self.query_start_loc.np[: count + 1]).tolist())
         return original(self, *args, **kwargs)
 
-    _model_forward.anybits = True
-    GPUModelRunner._model_forward = _model_forward
+    hooked: Any = _model_forward
+    hooked.anybits = True
+    GPUModelRunner._model_forward = hooked
 
 
 class PrecisionState:
     """Mixed into vLLM's ModelState: remembers the precision of each request slot, and fills the rows from them."""
+
+    max_num_reqs: int
 
     def __init__(self, vllm_config: Any, model: nn.Module, encoder_cache: Any, device: Any) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)  # type: ignore[call-arg]
@@ -86,8 +89,9 @@ def _install_v2() -> None:
         base = original(vllm_config, model)
         return with_precision(base) if row_precisions(model) else base
 
-    resolve_model_state_cls.anybits = True
-    model_states.resolve_model_state_cls = resolve_model_state_cls
+    hooked: Any = resolve_model_state_cls
+    hooked.anybits = True
+    model_states.resolve_model_state_cls = hooked
 
 
 def with_precision(base: type) -> type:
