@@ -35,9 +35,9 @@ MAIN = "from anybits.cli import main; main()"
 class Server:
     """`anybits serve` on a free port; the log of the process is in `log`."""
 
-    def __init__(self, folder: Path, log: Path, *options: str) -> None:
+    def __init__(self, folder: Path, log: Path, *options: str, port: str = "0") -> None:
         self.log, self.key = log, KEY if "--api-key" in options else None
-        command = [sys.executable, "-c", MAIN, "serve", str(folder), "--port", "0", "--dtype", "float32", *options]
+        command = [sys.executable, "-c", MAIN, "serve", str(folder), "--port", port, "--dtype", "float32", *options]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         with log.open("w") as out:
             self.process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
@@ -363,6 +363,24 @@ def test_sigterm_finishes_what_has_begun(narrow: Server) -> None:
     assert narrow.process.wait(20) in (0, -signal.SIGTERM)
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{narrow.url}/health")
+
+
+def test_a_killed_server_serves_again_on_the_same_port(folder: Path, tmp_path: Path) -> None:
+    before = sorted((p.name, p.read_bytes()) for p in folder.iterdir())
+    first = Server(folder, tmp_path / "first")
+    wanted = complete(first, "Hello", max_tokens=8).choices[0].text
+    stream = complete(first, "Hello", max_tokens=8000, stream=True)
+    next(iter(stream))
+    first.process.send_signal(signal.SIGKILL)
+    first.process.wait(10)
+    with pytest.raises((openai.APIError, httpx.HTTPError)):
+        list(stream)
+    assert sorted((p.name, p.read_bytes()) for p in folder.iterdir()) == before
+    second = Server(folder, tmp_path / "second", port=first.url.rsplit(":", 1)[1])
+    try:
+        assert complete(second, "Hello", max_tokens=8).choices[0].text == wanted
+    finally:
+        second.stop()
 
 
 def test_a_wrong_option_is_one_sentence(folder: Path) -> None:
