@@ -91,7 +91,10 @@ def test_planes_and_dense_export_agree(folder: Path, tmp_path: Path, method: str
         dense = AutoModelForCausalLM.from_pretrained(tmp_path / f"dense{p}")
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / f"dense{p}")
         wanted = lm_eval.simple_evaluate(
-            model=HFLM(pretrained=dense, tokenizer=tokenizer), tasks=list(TASKS), task_manager=manager, bootstrap_iters=0
+            model=HFLM(pretrained=dense, tokenizer=tokenizer),
+            tasks=list(TASKS),
+            task_manager=manager,
+            bootstrap_iters=0,
         )["results"]
         for task in TASKS:
             assert ours[p][task]

@@ -143,9 +143,7 @@ def evaluate(
     corpus = evaluation.read_corpus(text, dataset)
     most = max_tokens if max_tokens is not None or corpus.max_windows is None else corpus.max_windows * seq_len
     with terminal.counted(console, "evaluating") as step:
-        result = evaluation.evaluate(
-            model, chosen, corpus.text, seq_len, most, reference, step, stride, corpus.source
-        )
+        result = evaluation.evaluate(model, chosen, corpus.text, seq_len, most, reference, step, stride, corpus.source)
     console.print(terminal.result_table(result))
     if json_ is not None:
         checkpoint.write_json(json_, result.to_dict())

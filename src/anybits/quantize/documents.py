@@ -50,7 +50,9 @@ def evaluation_corpus(source: str) -> Corpus:
 def _parts(source: str, most: int) -> tuple[str, str, str, str]:
     parts = re.split(r":(?![^\[]*\])", source, maxsplit=most - 1)  # a split may be a slice, test[:100]
     if not parts[0]:
-        raise AnybitsError(f"dataset '{source}' has no name: give NAME:CONFIG:SPLIT, of which the last two may be left out")
+        raise AnybitsError(
+            f"dataset '{source}' has no name: give NAME:CONFIG:SPLIT, of which the last two may be left out"
+        )
     name, config, split, column = parts + [""] * (4 - len(parts))
     return name, config, split, column
 
