@@ -149,7 +149,7 @@ BAD = {
     "precision 5 is not stored": ("eval", "{any}", "--precisions", "5", "--text", "{text}"),
     "text file {out}/none does not exist": ("eval", "{any}", "--text", "{out}/none"),
     "sequence length 1 is too short": ("eval", "{any}", "--text", "{text}", "--seq-len", "1"),
-    "stride 64 must be at least 1 and below": ("eval", "{any}", "--text", "{text}", "--seq-len", "32", "--stride", "64"),
+    "stride 600 must be at least 1 and below": ("eval", "{any}", "--text", "{text}", "--stride", "600"),
     "--dataset NAME or --tasks": ("eval", "{any}", "--text", "{text}", "--dataset", "c4"),
     "has no config.json": ("inspect", "{text}/.."),
     "rows 'x' must be whole numbers": ("bench", "--rows", "x"),
