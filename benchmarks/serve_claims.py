@@ -67,6 +67,8 @@ class Bench:
         results = await closed(client, load, self.pick(precisions))
         seconds, spent = time.perf_counter() - started, (processor_s(self.args.pid) or 0.0) - used
         tokens = sum(r.tokens for r in results)
+        if not tokens:
+            raise SystemExit(f"{self.args.url} answered nothing: {results[0].error or results[0].status}")
         return {"per_s": tokens / seconds, "per_cpu_s": tokens / spent if spent else math.nan, "results": results}
 
     async def ratio(self, first: tuple, second: tuple) -> dict:

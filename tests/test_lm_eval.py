@@ -78,7 +78,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("method", ["anybcq", "any-precision"])
-def test_planes_and_dense_export_agree(folder: Path, tmp_path: Path, method: str) -> None:
+def test_planes_and_dense_export_agree(
+    folder: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ANYBITS_BACKEND", "reference")  # a perplexity of 1e9 magnifies a kernel's 1e-4
     model = folder / "any"
     if method != "anybcq":
         model = tmp_path / "any"
