@@ -46,6 +46,7 @@ def quantize(
     steps: Annotated[int, typer.Option(help="Reconstruction steps a block and precision (preset best).")] = 200,
     seed: Annotated[int, typer.Option(help="Seed of all that is random: the same seed gives the same bytes.")] = 0,
     device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show time, memory and disk that it takes; stop.")] = False,
 ) -> None:
     """Quantize MODEL once, for all precisions.
 
@@ -55,8 +56,8 @@ def quantize(
     Example: `anybits quantize meta-llama/Llama-3.1-8B -o llama-any --precisions 2-4`
     """
     from anybits.config import Recipe, parse_precisions
-    from anybits.integrations.quantizing import quantize_model
-    from anybits.terminal import shown_progress
+    from anybits.integrations.quantizing import estimate_model, quantize_model
+    from anybits.terminal import estimate_table, shown_progress
 
     recipe = Recipe(
         method=method,
@@ -69,6 +70,9 @@ def quantize(
         steps=steps,
         seed=seed,
     )
+    if dry_run:
+        console.print(estimate_table(model, out, estimate_model(model, recipe)))
+        return
     with shown_progress(console) as progress:
         quantize_model(model, out, recipe, calibration, device, progress)
     console.print(f"wrote {out}: precisions {', '.join(map(str, recipe.precisions))}")

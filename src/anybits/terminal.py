@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -15,6 +17,7 @@ from rich.table import Table
 from anybits.errors import AnybitsError
 from anybits.evaluate.kernels import KernelTiming
 from anybits.evaluate.report import Evaluation
+from anybits.quantize.estimate import Estimate
 from anybits.quantize.pipeline import BlockReport, Progress
 
 
@@ -82,6 +85,33 @@ def counted(console: Console, label: str) -> Iterator[Callable[[int, int], None]
     with _bar(console) as bar:
         task = bar.add_task(label, note="", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def estimate_table(model: str, out: Path, estimate: Estimate) -> Table:
+    """Return what a run will take: sums first, then their parts."""
+    folder = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
+    title = f"{model}: {estimate.weights / 1e6:.1f} M weights to quantize; time is known within a factor of about two"
+    table = Table(title=title)
+    for column in ("", "", "at most at once"):
+        table.add_column(column, justify="left" if not column else "right")
+
+    def add(name: str, parts: dict[str, str], total: str) -> None:
+        table.add_row(name, "", total)
+        for part, value in parts.items():
+            table.add_row("", part, value)
+        table.add_section()
+
+    def gigabytes(size: float) -> str:
+        return f"{size / 1e9:.2f} GB"
+
+    def minutes(seconds: float) -> str:
+        return f"{seconds / 60:.1f} min"
+
+    add("time", {k: minutes(v) for k, v in estimate.seconds.items()}, minutes(sum(estimate.seconds.values())))
+    add("memory", {k: gigabytes(v) for k, v in estimate.memory.items()}, gigabytes(sum(estimate.memory.values())))
+    add("disk", {k: gigabytes(v) for k, v in estimate.disk.items()}, gigabytes(sum(estimate.disk.values())))
+    table.add_row("disk", "free where the result goes", gigabytes(shutil.disk_usage(folder).free))
+    return table
 
 
 def result_table(evaluation: Evaluation) -> Table:

@@ -15,6 +15,7 @@ from anybits.integrations import transformers as hf
 from anybits.integrations.model_card import model_card
 from anybits.quantize import pipeline
 from anybits.quantize.calibration import DEFAULT_DATASET, Calibration, read_texts, sample_windows
+from anybits.quantize.estimate import Estimate, estimate
 
 OFFLOAD_FOLDER = "offload"
 """Where transformers keeps what it has to convert while loading, such as the experts of most mixtures."""
@@ -56,6 +57,11 @@ def quantize_model(
 
     config = hf.plain_config(model)
     return pipeline.quantize(model, config, recipe, windows, folder, __version__, progress, weights, last_step)
+
+
+def estimate_model(source: str, recipe: Recipe) -> Estimate:
+    """Return what quantizing `source` will take, from its config and samples timed here; reads no weights."""
+    return estimate(hf.skeleton(source), recipe)
 
 
 def _texts(recipe: Recipe, calibration: str | Sequence[str] | None) -> list[str] | None:

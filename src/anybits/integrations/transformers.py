@@ -243,21 +243,25 @@ def _refuse_quantized(path: str, config: Any) -> None:
         raise AnybitsError(f"{path} is quantized already: give the original float model")
 
 
+def skeleton(path: str) -> PreTrainedModel:
+    """Return the float model on the meta device, in its stored dtype; raises AnybitsError like load_float_model."""
+    with quiet_transformers():
+        try:
+            config = AutoConfig.from_pretrained(path)
+            _refuse_quantized(path, config)
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+        except (OSError, ValueError, KeyError) as error:
+            raise AnybitsError(f"{path} cannot be loaded as a causal language model: {_first_line(error)}") from None
+
+
 def load_lazily(path: str, offload: Path) -> tuple[PreTrainedModel, Mapping[str, torch.Tensor]]:
     """Return a float model on the meta device, and its weights by name, each read from its file when it is asked for.
 
     offload: folder for weights that transformers converts while loading, such as fused experts; the files serve
     all others as they are. Raises AnybitsError like load_float_model.
     """
-    with quiet_transformers():
-        try:
-            config = AutoConfig.from_pretrained(path)
-            _refuse_quantized(path, config)
-            with torch.device("meta"):
-                skeleton = AutoModelForCausalLM.from_config(config)
-        except (OSError, ValueError, KeyError) as error:
-            raise AnybitsError(f"{path} cannot be loaded as a causal language model: {_first_line(error)}") from None
-    model = load_float_model(path, device_map=_all_on_disk(skeleton), offload_folder=str(offload))
+    model = load_float_model(path, device_map=_all_on_disk(skeleton(path)), offload_folder=str(offload))
     hooks = [module._hf_hook for module in model.modules() if hasattr(module, "_hf_hook")]
     weights = next(hook.weights_map.dataset for hook in hooks if getattr(hook, "weights_map", None) is not None)
     remove_hook_from_submodules(model)

@@ -37,17 +37,23 @@ class _State:
         return _State(self.codes.clone(), self.levels.clone(), self.family.copy())
 
 
-def improve(weight: torch.Tensor, start: PlaneWeight, moments: Moments, settings: DataAware) -> PlaneWeight:
+def improve(
+    weight: torch.Tensor, start: PlaneWeight, moments: Moments, settings: DataAware, consume: bool = False
+) -> PlaneWeight:
     """Return `start` with codes and levels that fit the layer's inputs better at every precision, row by row.
 
     weight: float `[N, K]`, what `start` quantizes without data, of either method; moments: of the layer's inputs at
-    start's precisions. No row's error (q - w*) H (q - w*)^T, H damped, is above that of `start` at any precision.
+    start's precisions, their memory being used up if `consume`. No row's error (q - w*) H (q - w*)^T, H damped, is above
+    that of `start` at any precision.
     """
     size = start.in_features
     if isinstance(start.levels, AffineLevels):
         size = group_columns(start.levels.group_size, start.in_features)
     columns = layout(moments.hessian, size, settings.column_order == "energy")
-    stated = problem(moments.reorder(columns.order), settings.damping, settings.correction)
+    ordered = moments.reorder(columns.order)
+    if ordered is moments and not consume:
+        ordered = moments.clone()
+    stated = problem(ordered, settings.damping, settings.correction)
     step = max(1, CHUNK // (len(start.precisions) * start.in_features))
     starts = range(0, start.out_features, step)
     parts: list[PlaneWeight] = [start] * len(starts)

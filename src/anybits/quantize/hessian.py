@@ -27,8 +27,14 @@ class Moments:
     hessian: torch.Tensor
     cross: torch.Tensor | None
 
+    def clone(self) -> Moments:
+        """Return a copy of its own."""
+        return Moments(self.hessian.clone(), None if self.cross is None else self.cross.clone())
+
     def reorder(self, order: torch.Tensor) -> Moments:
-        """Return the moments with columns permuted: column i of the result is column order[i]."""
+        """Return the moments with columns permuted, column i of the result being column order[i]."""
+        if torch.equal(order, torch.arange(len(order), device=order.device)):
+            return self
         cross = None if self.cross is None else self.cross[:, order][:, :, order]
         return Moments(self.hessian[:, order][:, :, order], cross)
 
@@ -57,23 +63,26 @@ def problem(moments: Moments, damping: float, correction: float) -> Problem:
     """Return the quadratic problem of moments.
 
     damping: added to the diagonal, relative to its mean, so that directions the text never showed keep the weights
-    near their values; correction: share of the way from W to W C H^-1 that the target goes.
+    near their values; correction: share of the way from W to W C H^-1 that the target goes. The moments' memory becomes
+    the problem's: they are the largest thing that a run holds.
     """
-    hessians, factors, shifts = [], [], []
-    for i, moment in enumerate(moments.hessian):
+    hessians, factors = moments.hessian, torch.empty_like(moments.hessian)
+    shifts = moments.cross if correction else None
+    for i, moment in enumerate(hessians):
         # A layer that saw nothing is as good as one that saw white noise.
         mean = moment.diagonal().double().mean()
         mean = mean if mean > 0 else mean + 1
-        h = moment.double() / mean
+        h = moment.double().div_(mean)
         h.diagonal().add_(damping if moment.any() else 1.0)
-        if moments.cross is not None and correction:
-            change = correction * (moments.cross[i] - moment).double().T / mean
-            shift = torch.cholesky_solve(change, torch.linalg.cholesky(h))
-            shift.diagonal().add_(1)
-            shifts.append(shift.float())
-        hessians.append(h.float())
-        factors.append(_factor(h))
-    return Problem(torch.stack(hessians), torch.stack(factors), torch.stack(shifts) if shifts else None)
+        if shifts is not None:
+            change = (shifts[i] - moment).double().T.mul_(correction).div_(mean)
+            change = torch.cholesky_solve(change, torch.linalg.cholesky(h))
+            change.diagonal().add_(1)
+            shifts[i] = change
+            del change  # of float64, as large as all that follows
+        moment.copy_(h)
+        factors[i] = _factor(h)
+    return Problem(hessians, factors, shifts)
 
 
 def _factor(hessian: torch.Tensor) -> torch.Tensor:

@@ -43,7 +43,7 @@ def improve_block(
         for group, moments in zip(groups, found, strict=True):
             # One pass over the columns serves all layers that see this input: their rows are independent.
             together = torch.cat([matrix(like[by_module[module].parameter]) for module in group])
-            better = improve(together, join_rows([start[module] for module in group]), moments, settings)
+            better = improve(together, join_rows([start[module] for module in group]), moments, settings, True)
             first = 0
             for module in group:
                 target = by_module[module]
