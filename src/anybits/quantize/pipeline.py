@@ -235,6 +235,9 @@ class _Run:
             weights = layerwise.improve_block(runner, targets, weights, walk.float_path, walk.paths, recipe.data_aware)
         wanted = runner.run_all(walk.float_path, keep=walk.keeper.keep)
         for p, path in walk.paths.items():
+            if not recipe.has_own_path(p):
+                walk.paths[p] = wanted
+                continue
             if fit and recipe.reconstructs:
                 weights = block_tuning.tune(runner, targets, weights, p, walk.float_path, path, wanted, recipe)
             with torch.no_grad():
