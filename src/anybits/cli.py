@@ -238,6 +238,13 @@ def bench(
     methods: Annotated[str, typer.Option(help="Levels to time, comma-separated.")] = "anybcq,any-precision",
     rounds: Annotated[int, typer.Option(help="Times that everything is measured in turn; medians are shown.")] = 5,
     json_: Annotated[Path | None, typer.Option("--json", help="Write one JSON object a line.")] = None,
+    e2e: Annotated[bool, typer.Option("--e2e", help="Time whole decode steps of a random-weight model.")] = False,
+    random: Annotated[bool, typer.Option("--random", help="Said for clarity: --e2e has no other weights.")] = False,
+    context: Annotated[str, typer.Option(help="Positions before the timed one, comma-separated (--e2e).")] = "512",
+    quantize_lm_head: Annotated[bool, typer.Option(help="Quantize the output layer too (--e2e).")] = False,
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="Layers of their own; others repeat them. Default: what fits (--e2e).")
+    ] = None,
 ) -> None:
     """Time the kernels: beside torch's bf16 product and the read bandwidth of the same run, correctness first.
 
@@ -246,6 +253,13 @@ def bench(
     from anybits import terminal
     from anybits.evaluate.kernels import bench_kernels
 
+    if e2e:
+        from anybits.evaluate.end_to_end import bench_decoding
+
+        method, positions = methods.split(",")[0], terminal.whole_numbers(context, "context")
+        for step in bench_decoding(shapes, precisions, positions, method, rounds, quantize_lm_head, layers, json_):
+            console.print(terminal.decode_line(step), highlight=False, soft_wrap=True)
+        return
     counts = terminal.whole_numbers(rows, "rows")
     timings = bench_kernels(shapes, precisions, counts, methods.split(","), rounds=rounds, json_file=json_)
     for timing in timings:

@@ -15,6 +15,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from anybits.errors import AnybitsError
+from anybits.evaluate.end_to_end import DecodeTiming
 from anybits.evaluate.kernels import KernelTiming
 from anybits.evaluate.report import Evaluation
 from anybits.quantize.estimate import Estimate
@@ -159,6 +160,19 @@ def timing_line(timing: KernelTiming) -> str:
         f"{n:6d} x {k:5d}  m {timing.m:3d}  {timing.method:13s} p {timing.precision}  {timing.backend:9s} "
         f"{timing.us:9.1f} us  {timing.gb_per_s:6.1f} GB/s  {100 * timing.bandwidth_share:4.0f} % of reading  "
         f"{timing.speedup_vs_bf16:5.1f} x bf16"
+    )
+
+
+def decode_line(timing: DecodeTiming) -> str:
+    """Return one line about one timed decode step."""
+    name = "bf16" if timing.precision == 16 else f"{timing.method} {timing.precision} bits"
+    layers = f"{timing.layers} layers"
+    if timing.distinct_layers < timing.layers:
+        layers += f", {timing.distinct_layers} of them distinct"
+    head = ", head quantized" if timing.quantized_head and timing.precision != 16 else ""
+    return (
+        f"{timing.model}  {name:20s} context {timing.context:6d}  {timing.ms:8.1f} ms  "
+        f"{timing.tokens_per_s:7.2f} tokens/s  {timing.gb_per_s:6.1f} GB/s  {timing.speedup_vs_bf16:5.1f} x bf16  ({layers}{head})"
     )
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from anybits import checkpoint
 from anybits.config import Recipe, StoredConfig
 from anybits.errors import AnybitsError
+from anybits.integrations import lazy
 from anybits.integrations import transformers as hf
 from anybits.integrations.model_card import model_card
 from anybits.quantize import pipeline
@@ -41,7 +42,7 @@ def quantize_model(
         raise AnybitsError(f"device '{device}' is unknown: quantization runs on auto or cpu")
     folder = Path(out)
     texts = _texts(recipe, calibration)
-    model, weights = hf.load_lazily(source, folder / OFFLOAD_FOLDER)
+    model, weights = lazy.load_lazily(source, folder / OFFLOAD_FOLDER)
     hf.run_experts_eagerly(model)
     tokenizer = hf.load_tokenizer(source) if texts is not None else None
     windows: Calibration | None = None
@@ -61,7 +62,7 @@ def quantize_model(
 
 def estimate_model(source: str, recipe: Recipe) -> Estimate:
     """Return what quantizing `source` will take, from its config and samples timed here; reads no weights."""
-    return estimate(hf.skeleton(source), recipe)
+    return estimate(lazy.skeleton(source), recipe)
 
 
 def _texts(recipe: Recipe, calibration: str | Sequence[str] | None) -> list[str] | None:

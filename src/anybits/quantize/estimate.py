@@ -25,7 +25,7 @@ MATRIX_COPIES = 7
 """Float32 copies of the largest matrix that the data-free quantizers hold at once, their chunks included."""
 
 FACTOR_COPIES = 8
-"""Float32 `[K, K]` matrices beside those kept for each precision while a Hessian is factorised in float64."""
+"""Float32 `[K, K]` matrices' worth of float64 ones that live while one Hessian is factorised."""
 
 PARTIAL_FORWARD = 0.6
 """Share of a block that runs to reach a group of layers, on average over the groups."""
@@ -71,7 +71,7 @@ class _Shape:
         if self.recipe.uses_hessian:
             widest = max(t.in_features for t in self.block)
             parts["block in float32, and dequantized at each precision"] = 4 * block * (1 + self.precisions)
-            parts["Hessians"] = 4 * widest * widest * (3 * self.precisions + FACTOR_COPIES)
+            parts["Hessians"] = 4 * widest * widest * (self._hessians() + FACTOR_COPIES)
         elif self.recipe.reconstructs:
             parts["block in float32, and dequantized at each precision"] = 4 * block * (1 + self.precisions)
         if not self.recipe.uses_hessian:
@@ -82,6 +82,13 @@ class _Shape:
         if alone > sum(parts.values()):  # embeddings and head are written by themselves
             return {"libraries": LIBRARIES, "embeddings and head": alone - LIBRARIES}
         return parts
+
+    def _hessians(self) -> int:
+        """Return how many `[K, K]` matrices are kept: Hessians, their factors, cross moments and shifts."""
+        assert self.recipe.data_aware is not None
+        own = sum(p <= self.recipe.data_aware.own_inputs for p in self.recipe.precisions)
+        kept = own + (own < self.precisions)
+        return 3 * kept + own + (3 * self.precisions if kept < self.precisions else 0)
 
     def disk(self) -> dict[str, int]:
         """Return the bytes of the result, and of what lies beside it until the run ends."""
