@@ -7,6 +7,7 @@ its name; reading at `max_precision` p touches only the bytes of the first p pla
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import struct
@@ -126,8 +127,13 @@ def _shard_file(name: str) -> str:
 
 def write_json(path: Path, value: object) -> None:
     """Write `value` as indented JSON, complete or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text`, complete or not at all."""
     partial = path.with_suffix(path.suffix + ".partial")
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     partial.rename(path)
 
 
@@ -144,6 +150,12 @@ def read_stored_config(folder: Path) -> StoredConfig:
     if not isinstance(stored, dict):
         raise AnybitsError(f"{folder} is not quantized: its config.json has no quantization_config")
     return StoredConfig.from_dict(stored)
+
+
+def update_stored_config(folder: Path, stored: StoredConfig) -> None:
+    """Replace the `quantization_config` in a folder's config.json, complete or not at all."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    write_json(folder / "config.json", config | {"quantization_config": stored.to_dict()})
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
@@ -206,6 +218,11 @@ class CheckpointReader:
         entry = self._entries[name]
         return entry.dtype.itemsize * _numel(entry.shape)
 
+    def fingerprint(self) -> str:
+        """Return a hash of the names, shapes and checksums of all stored tensors."""
+        facts = [[name, list(entry.shape), list(entry.crc32)] for name, entry in sorted(self._entries.items())]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of one stored tensor."""
         return self._entries[name].shape
@@ -218,9 +235,9 @@ class CheckpointReader:
         """Return whether a tensor called `name` is stored."""
         return name in self._entries
 
-    def read_tensor(self, name: str) -> torch.Tensor:
-        """Return one stored tensor whole, compared with its checksums where there are any."""
-        return self._read(name)
+    def read_tensor(self, name: str, first: int | None = None) -> torch.Tensor:
+        """Return one stored tensor, or the `first` leading entries of planes, compared with its checksums."""
+        return self._read(name, first)
 
     def verify_unquantized(self) -> None:
         """Compare all tensors outside of plane modules with their checksums: another loader reads those."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from anybits import checkpoint
-from anybits.config import Recipe, StoredConfig
+from anybits.config import Recipe, Single, StoredConfig
 from anybits.errors import AnybitsError
 from anybits.integrations import lazy
 from anybits.integrations import transformers as hf
@@ -80,7 +80,7 @@ def _finish(source: str, folder: Path, model: nn.Module, stored: StoredConfig) -
     """Add tokenizer, generation settings and model card, and read every stored byte back once."""
     hf.save_companions(source, folder, model)
     reader = checkpoint.CheckpointReader(checkpoint.checkpoint_files(folder), stored)
-    facts: dict[int, tuple[int, int]] = {}
+    facts: dict[Single, tuple[int, int]] = {}
     for name in reader.modules():
         weight = reader.read(name, hf.in_features(model, name), stored.precisions)
         for p in stored.precisions:

@@ -25,21 +25,21 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from anybits import checkpoint
-from anybits.config import QUANT_METHOD, StoredConfig
+from anybits.config import QUANT_METHOD, Single, StoredConfig
 from anybits.errors import AnybitsError
 from anybits.linear import PlaneLinear, PlaneModule, PlaneStack
-from anybits.precision import ModelPrecision, Precision
+from anybits.precision import FIRST_PROFILE, ModelPrecision, Precision
 from anybits.precision import precision as scoped
-from anybits.weight import PlaneWeight, check_precision
+from anybits.weight import PlaneWeight
 
 
 @register_quantization_config(QUANT_METHOD)
 class AnybitsConfig(QuantizationConfigMixin):
     """`quantization_config` of a checkpoint as transformers carries it, with the loading option max_precision."""
 
-    def __init__(self, stored: StoredConfig, max_precision: int | None = None) -> None:
+    def __init__(self, stored: StoredConfig, max_precision: Single | None = None) -> None:
         self.quant_method = QUANT_METHOD
-        self.stored = stored if max_precision is None else stored.up_to(max_precision)
+        self.stored = stored if max_precision is None else stored.up_to(stored.planes_of(max_precision))
         self.on_disk = stored
 
     @classmethod
@@ -72,7 +72,7 @@ class AnybitsQuantizer(HfQuantizer):
     def __init__(self, quantization_config: AnybitsConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.reader: checkpoint.CheckpointReader | None = None
-        self.default = ModelPrecision(quantization_config.stored.precisions[-1])
+        self.default = model_precision(quantization_config.stored)
 
     def is_serializable(self) -> bool:
         """Return True: `save_pretrained` writes the planes back as they are."""
@@ -117,7 +117,7 @@ class AnybitsQuantizer(HfQuantizer):
                 module.set_plane_weight(weight.to(module.weight.device), self.reader.pages(name))
         model.anybits_bytes_read = self.reader.bytes_read
         self.reader = None
-        attach_precision(model, self.default, precisions)
+        attach_precision(model, self.default)
         from anybits.integrations import decoding  # it builds on this module
 
         decoding.use_decode_attention(model)
@@ -162,7 +162,15 @@ def swap_in_planes(
             f"none of the checkpoint's quantized modules ({', '.join(stored.targets[:3])} ...) is in the model: "
             "config.json does not belong to these weights"
         )
+    stored.check_modules(swapped)
+    for name, module in swapped.items():
+        module.profiles = stored.profiles_of(name)
     return swapped
+
+
+def model_precision(stored: StoredConfig) -> ModelPrecision:
+    """Return the precision state of a model that `stored` describes: at first the highest."""
+    return ModelPrecision(stored.precisions[-1], stored.precisions, tuple(stored.profiles))
 
 
 def run_experts_eagerly(model: nn.Module) -> None:
@@ -173,34 +181,33 @@ def run_experts_eagerly(model: nn.Module) -> None:
             config._experts_implementation = "eager"
 
 
-def attach_precision(model: PreTrainedModel, default: ModelPrecision, stored: tuple[int, ...]) -> None:
-    """Give a model `set_precision(p)`, `generate(..., precision=p)`, and `precisions`."""
+def attach_precision(model: PreTrainedModel, default: ModelPrecision) -> None:
+    """Give a model `set_precision(p)`, `generate(..., precision=p)`, `precisions`, `profiles`, `precision_codes`."""
 
-    def set_precision(self: PreTrainedModel, value: Precision) -> None:
+    def set_precision(self: PreTrainedModel, value: Any) -> None:
         """Run at `value` wherever no `anybits.precision` scope says otherwise."""
-        default.value = checked(value, stored)
+        default.value = checked(value, default)
 
-    def generate(self: PreTrainedModel, *args: Any, precision: Precision | None = None, **kwargs: Any) -> Any:
-        """`GenerationMixin.generate` at `precision`: an int, or one int per sequence as a list or tensor."""
-        scope = contextlib.nullcontext() if precision is None else scoped(checked(precision, stored))
+    def generate(self: PreTrainedModel, *args: Any, precision: Any = None, **kwargs: Any) -> Any:
+        """`GenerationMixin.generate` at `precision`: one precision or profile, or a list with one per sequence."""
+        scope = contextlib.nullcontext() if precision is None else scoped(checked(precision, default))
         with scope:
             return type(self).generate(self, *args, **kwargs)
 
-    model.precisions = stored
+    model.precisions, model.profiles, model.precision_codes = default.precisions, default.profiles, default.codes
     model.set_precision = MethodType(set_precision, model)
     if hasattr(model, "generate"):
         model.generate = MethodType(generate, model)
 
 
-def checked(value: Precision | list[int], stored: tuple[int, ...]) -> Precision:
-    """Return `value` as a Precision whose every entry is stored, or raise AnybitsError."""
-    if isinstance(value, int):
-        check_precision(value, stored)
-        return value
-    rows = torch.as_tensor(value, dtype=torch.int32)
-    for one in rows.unique().tolist():
-        check_precision(one, stored)
-    return rows
+def checked(value: Any, default: ModelPrecision) -> Precision:
+    """Return `value` (a precision, a list of them, or a tensor of codes) as a Precision whose every entry is stored."""
+    if isinstance(value, torch.Tensor):
+        for one in value.unique().tolist():
+            if not FIRST_PROFILE <= one < FIRST_PROFILE + len(default.profiles):
+                default.check(one)
+        return value.to(torch.int32)
+    return default.codes(value) if isinstance(value, list | tuple) else default.check(value)
 
 
 def stored_config(path: str | Path) -> StoredConfig:
@@ -217,9 +224,10 @@ def stored_config(path: str | Path) -> StoredConfig:
     return StoredConfig.from_dict(stored)
 
 
-def load_model(path: str | Path, max_precision: int | None = None, **kwargs: Any) -> PreTrainedModel:
+def load_model(path: str | Path, max_precision: Single | None = None, **kwargs: Any) -> PreTrainedModel:
     """Load a quantized causal language model; with `max_precision` p only the bytes of p planes are read.
 
+    A profile as `max_precision` stands for the highest precision that any matrix has under it.
     kwargs go to `from_pretrained` (dtype, device_map, ...). Raises AnybitsError for anything but an anybits
     checkpoint whose files are whole.
     """
@@ -290,11 +298,11 @@ def quiet_transformers() -> Iterator[None]:
 
 def make_planes(model: nn.Module, weights: Mapping[str, PlaneWeight], stored: StoredConfig) -> None:
     """Turn a float model into a quantized one in place, from weights by module name."""
-    default = ModelPrecision(stored.precisions[-1])
+    default = model_precision(stored)
     dtype = next(model.parameters()).dtype
     for name, module in swap_in_planes(model, stored, default, dtype).items():
         module.set_plane_weight(weights[name])
-    attach_precision(model, default, stored.precisions)
+    attach_precision(model, default)
 
 
 def forget_quantization(model: PreTrainedModel) -> None:
@@ -311,12 +319,12 @@ def register_attention(name: str, function: Callable[..., Any], like: str | None
         transformers.AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[like])
 
 
-def weight_facts(model: nn.Module) -> dict[int, tuple[int, int]]:
-    """Return precision -> (bytes of quantized weights read, number of quantized weights) of a loaded model."""
+def weight_facts(model: nn.Module) -> dict[Single, tuple[int, int]]:
+    """Return precision or profile -> (bytes of quantized weights read, number of quantized weights) of a model."""
     modules = list(plane_modules(model).values())
     count = sum(module.in_features * module.out_features for module in modules)
-    stored = modules[0].stored_precisions if modules else ()
-    return {p: (sum(m.plane_weight.weight_bytes(p) for m in modules), count) for p in stored}
+    singles: tuple[Single, ...] = (*modules[0].stored_precisions, *modules[0].profiles) if modules else ()
+    return {p: (sum(m.weight_bytes(p) for m in modules), count) for p in singles}
 
 
 def generate_text(

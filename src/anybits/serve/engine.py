@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
+from anybits.config import Single
 from anybits.errors import AnybitsError
 from anybits.integrations import transformers as hf
 from anybits.integrations.attention import packed_attention, use_packed_attention
 from anybits.linear import PlaneStack
-from anybits.precision import precision
+from anybits.precision import Precision, precision
 from anybits.serve.attention import PagedAttention, ShapeProbe, Span
 from anybits.serve.kv import BLOCK, BlockPool, KVCache, blocks_for, blocks_in
 from anybits.serve.scheduler import Scheduler
@@ -47,6 +48,7 @@ class Engine:
         tile_linears(model)
         self.model, self.device = model, next(model.parameters()).device
         self.precisions: tuple[int, ...] = tuple(model.precisions)
+        self.profiles: tuple[str, ...] = tuple(model.profiles)
         probe = ShapeProbe()
         self._run([0], [0], self.precisions[-1], [0], probe)
         if not probe.shapes:
@@ -131,12 +133,12 @@ class Engine:
             row += rows
             keep += [row - 1] * chunk.complete
         same = len(set(precisions)) == 1
-        mixed = precisions[0] if same else torch.tensor(precisions, dtype=torch.int32, device=self.device)
+        mixed = precisions[0] if same else self.model.precision_codes(precisions).to(self.device)
         return self._run(ids, positions, mixed, keep, PagedAttention(spans, self.cache, self.device))
 
     @torch.inference_mode()
     def _run(
-        self, ids: list[int], positions: list[int], rows: int | torch.Tensor, keep: list[int], attention: Any
+        self, ids: list[int], positions: list[int], rows: Precision, keep: list[int], attention: Any
     ) -> torch.Tensor:
         on_device = [torch.tensor(t, dtype=torch.long, device=self.device) for t in (ids, positions, keep)]
         with precision(rows), packed_attention(attention):
@@ -174,9 +176,9 @@ class Engine:
         """Whether nothing runs or waits."""
         return not self.scheduler.running and not self.scheduler.waiting
 
-    def kv_positions(self) -> Counter[int]:
+    def kv_positions(self) -> Counter[Single]:
         """Return precision -> positions of KV in use by sequences that now run at it."""
-        used: Counter[int] = Counter()
+        used: Counter[Single] = Counter()
         for sequence in list(self.scheduler.running):
             used[sequence.choice.precision] += len(sequence.blocks) * BLOCK
         return used

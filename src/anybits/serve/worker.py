@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from anybits.config import Single
 from anybits.errors import AnybitsError
 from anybits.serve.engine import Engine
 from anybits.serve.metrics import Metrics, Snapshot
@@ -36,7 +37,7 @@ class Delta:
     text: str
     token: int | None = None
     logprobs: Logprobs | None = None
-    precision: int | None = None
+    precision: Single | None = None
     finish: str | None = None
 
 
@@ -49,8 +50,8 @@ class Job:
     sampling: Sampling
     text: TextStream
     deliver: Callable[[Delta], None]
-    precision: int | None = None
-    prefill: int | None = None
+    precision: Single | None = None
+    prefill: Single | None = None
     targets: Targets | None = None
     ignore_end: bool = False
     sequence: Sequence | None = field(default=None, init=False)
@@ -74,7 +75,7 @@ class Worker:
         self._recent_s = 1.0
         self.after_step: Callable[[], None] = lambda: None
         """Called in the worker's thread when the deltas of a step have been delivered."""
-        self.metrics = Metrics(engine.precisions, self._snapshot)
+        self.metrics = Metrics((*engine.precisions, *engine.profiles), self._snapshot)
         self._thread = threading.Thread(target=self._run, name="anybits-engine", daemon=True)
 
     @property
