@@ -47,6 +47,7 @@ def quantize(
     steps: Annotated[int, typer.Option(help="Reconstruction steps a block and precision (preset best).")] = 200,
     seed: Annotated[int, typer.Option(help="Seed of all that is random: the same seed gives the same bytes.")] = 0,
     device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show time, memory and disk that it takes; stop.")] = False,
 ) -> None:
     """Quantize MODEL once, for all precisions.
 
@@ -56,8 +57,8 @@ def quantize(
     Example: `anybits quantize meta-llama/Llama-3.1-8B -o llama-any --precisions 2-4`
     """
     from anybits.config import Recipe, parse_precisions
-    from anybits.integrations.quantizing import quantize_model
-    from anybits.terminal import shown_progress
+    from anybits.integrations.quantizing import estimate_model, quantize_model
+    from anybits.terminal import estimate_table, shown_progress
 
     recipe = Recipe(
         method=method,
@@ -70,6 +71,9 @@ def quantize(
         steps=steps,
         seed=seed,
     )
+    if dry_run:
+        console.print(estimate_table(model, out, estimate_model(model, recipe)))
+        return
     with shown_progress(console) as progress:
         quantize_model(model, out, recipe, calibration, device, progress)
     console.print(f"wrote {out}: precisions {', '.join(map(str, recipe.precisions))}")
@@ -286,6 +290,13 @@ def bench(
     rounds: Annotated[int, typer.Option(help="Times that everything is measured in turn; medians are shown.")] = 5,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     json_: Annotated[Path | None, typer.Option("--json", help="Write one JSON object a line.")] = None,
+    e2e: Annotated[bool, typer.Option("--e2e", help="Time whole decode steps of a random-weight model.")] = False,
+    random: Annotated[bool, typer.Option("--random", help="Said for clarity: --e2e has no other weights.")] = False,
+    context: Annotated[str, typer.Option(help="Positions before the timed one, comma-separated (--e2e).")] = "512",
+    quantize_lm_head: Annotated[bool, typer.Option(help="Quantize the output layer too (--e2e).")] = False,
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="Layers of their own; others repeat them. Default: what fits (--e2e).")
+    ] = None,
 ) -> None:
     """Time the kernels: beside torch's bf16 product and the read bandwidth of the same run, correctness first.
 
@@ -294,6 +305,13 @@ def bench(
     from anybits import terminal
     from anybits.evaluate.kernels import bench_on
 
+    if e2e:
+        from anybits.evaluate.end_to_end import bench_decoding
+
+        method, positions = methods.split(",")[0], terminal.whole_numbers(context, "context")
+        for step in bench_decoding(shapes, precisions, positions, method, rounds, quantize_lm_head, layers, json_):
+            console.print(terminal.decode_line(step), highlight=False, soft_wrap=True)
+        return
     counts = terminal.whole_numbers(rows, "rows")
     timings = bench_on(device)(shapes, precisions, counts, methods.split(","), rounds=rounds, json_file=json_)
     for timing in timings:
