@@ -16,7 +16,7 @@ from anybits.quantize import anybcq, anyprecision, layerwise, refit
 from anybits.quantize.blocks import BlockRunner, capture
 from anybits.quantize.data_aware import improve
 from anybits.quantize.hessian import Moments, collect, layout, problem, stages
-from anybits.quantize.nested_codes import BATCH, Search, choose, descent_pass, feedback_pass
+from anybits.quantize.nested_codes import BATCH, Chooser, Search, descent_pass, feedback_pass
 from anybits.quantize.targets import find_blocks, find_targets
 from anybits.weight import PlaneWeight
 from conftest import tiny_model
@@ -54,10 +54,13 @@ def test_the_chosen_code_is_the_best_of_all(precisions: tuple[int, ...]) -> None
     tables = nested_tables(precisions, 1, 40)[0]
     targets, weights = rand(len(precisions), 40, seed=5), rand(len(precisions), 40, seed=6).square()
     costs = code_costs(tables, targets, weights, precisions)
-    assert torch.equal(choose(tables, targets, weights, Search(precisions, exhaustive=WIDE)), costs.argmin(0))
+    codes, levels = Chooser(tables, Search(precisions, exhaustive=WIDE))(targets, weights)
+    assert torch.equal(codes, costs.argmin(0))
+    for i, p in enumerate(precisions):
+        assert torch.equal(levels[i], tables[i].gather(0, (codes >> (precisions[-1] - p))[None])[0])
     # A beam may miss the best code, and still must do better than rounding one plane after another.
-    beam = choose(tables, targets, weights, Search(precisions, exhaustive=4, beam=4))
-    greedy = choose(tables, targets, weights, Search(precisions, exhaustive=1, beam=1))
+    beam, _ = Chooser(tables, Search(precisions, exhaustive=2, beam=4))(targets, weights)
+    greedy, _ = Chooser(tables, Search(precisions, exhaustive=1, beam=1))(targets, weights)
     assert costs.gather(0, beam[None]).sum() <= costs.gather(0, greedy[None]).sum() + 1e-12
 
 

@@ -277,6 +277,7 @@ def bench(
     rows: Annotated[str, typer.Option(help="Rows of activations, comma-separated.")] = "1",
     methods: Annotated[str, typer.Option(help="Levels to time, comma-separated.")] = "anybcq,any-precision",
     rounds: Annotated[int, typer.Option(help="Times that everything is measured in turn; medians are shown.")] = 5,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     json_: Annotated[Path | None, typer.Option("--json", help="Write one JSON object a line.")] = None,
 ) -> None:
     """Time the kernels: beside torch's bf16 product and the read bandwidth of the same run, correctness first.
@@ -284,10 +285,10 @@ def bench(
     Example: `anybits bench --shapes llama-3.1-8b --precisions 2,3,4`
     """
     from anybits import terminal
-    from anybits.evaluate.kernels import bench_kernels
+    from anybits.evaluate.kernels import bench_on
 
     counts = terminal.whole_numbers(rows, "rows")
-    timings = bench_kernels(shapes, precisions, counts, methods.split(","), rounds=rounds, json_file=json_)
+    timings = bench_on(device)(shapes, precisions, counts, methods.split(","), rounds=rounds, json_file=json_)
     for timing in timings:
         console.print(terminal.timing_line(timing), highlight=False, soft_wrap=True)
 

@@ -258,7 +258,8 @@ class DataAware:
     a layer's target that makes up for the layers before it; damping: added to the Hessian's diagonal, relative
     to its mean; column_order: given or energy; precision_weights: what each precision's relative error counts
     (empty: the lowest 2, others 1); balance: 1 weighs relative errors, 0 absolute ones; sequential: layers see their
-    predecessors in the block quantized; exhaustive, beam: of the search (nested_codes.Search).
+    predecessors in the block quantized; own_inputs: the highest precision fitted to the inputs of the model quantized at it
+    so far, those above being fitted to the float model's; exhaustive, beam: of the search (nested_codes.Search).
     """
 
     feedback: bool = True
@@ -271,13 +272,14 @@ class DataAware:
     precision_weights: tuple[float, ...] = ()
     balance: float = 1.0
     sequential: bool = True
+    own_inputs: int = 3
     exhaustive: int = 32
     beam: int = 6
 
     def __post_init__(self) -> None:
         """Raise AnybitsError naming the first setting that is out of range."""
         _one_of("column_order", self.column_order, COLUMN_ORDERS)
-        for name in ("descents", "refit_sweeps", "codebook_iterations", "exhaustive", "beam"):
+        for name in ("descents", "refit_sweeps", "codebook_iterations", "own_inputs", "exhaustive", "beam"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < (1 if name in ("exhaustive", "beam") else 0):
                 raise AnybitsError(f"{name} is {value}: it must be a whole number and not negative")
@@ -337,6 +339,10 @@ class Recipe:
     def uses_hessian(self) -> bool:
         """Whether codes and levels follow the layers' inputs."""
         return self.needs_text and self.data_aware is not None
+
+    def has_own_path(self, precision: int) -> bool:
+        """Whether fitting `precision` needs the activations of the model quantized at it."""
+        return self.reconstructs or (self.data_aware is not None and precision <= self.data_aware.own_inputs)
 
     @property
     def reconstructs(self) -> bool:

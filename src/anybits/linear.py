@@ -13,6 +13,8 @@ from anybits.errors import AnybitsError
 from anybits.kernels import backend as kernels
 from anybits.kernels import cpu as _cpu  # noqa: F401  (registers the backend)
 from anybits.kernels import reference as _reference  # noqa: F401  (registers the backend)
+from anybits.kernels.cuda import backend as _cuda  # noqa: F401  (registers the backend)
+from anybits.mapped import Pages
 from anybits.precision import FIRST_PROFILE, ModelPrecision, Precision, active, per_row
 from anybits.weight import PlaneWeight, check_precision, from_tensors
 
@@ -41,6 +43,7 @@ class PlaneModule(nn.Module):
         self.profiles: Mapping[str, int] = {}
         """Profile -> the precision of this module under it, in the order of `default.profiles`."""
         self._plane_weight: PlaneWeight | None = None
+        self._pages: Pages | None = None
         self._table: torch.Tensor | None = None
 
     def own_precision(self, wanted: Precision) -> int | torch.Tensor:
@@ -71,8 +74,12 @@ class PlaneModule(nn.Module):
         assert isinstance(own, int)
         return self.plane_weight.weight_bytes(own)
 
-    def set_plane_weight(self, weight: PlaneWeight) -> None:
-        """Take `weight` over; its tensors become this module's parameters without a copy."""
+    def set_plane_weight(self, weight: PlaneWeight, pages: Pages | None = None) -> None:
+        """Take `weight` over; its tensors become this module's parameters without a copy.
+
+        pages: where `weight` lies when it is mapped from a file. Once a backend has its own copy their memory is let
+        go; the parameters stay as they are and are read from the file when somebody looks at them.
+        """
         if (weight.out_features, weight.in_features) != (self.out_features, self.in_features):
             raise AnybitsError(
                 f"the weight is {weight.out_features} x {weight.in_features} where the layer is "
@@ -86,6 +93,7 @@ class PlaneModule(nn.Module):
         self.level_names = tuple(tensors)
         self.stored_precisions = weight.precisions
         self._forget()
+        self._pages = pages
 
     @property
     def plane_weight(self) -> PlaneWeight:
@@ -148,6 +156,8 @@ class PlaneLinear(PlaneModule):
         if self._backend is None:
             self._backend = kernels.choose(self.plane_weight, x.device)
             self._prepared = self._backend.prepare(self.plane_weight)
+            if self._pages is not None:
+                self._pages.give_back()
         wanted = per_row(self.own_precision(active(self.default)), x.shape[:-1])
         if isinstance(wanted, int):
             check_precision(wanted, self.stored_precisions)

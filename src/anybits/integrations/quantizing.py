@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from anybits.integrations import transformers as hf
 from anybits.integrations.model_card import model_card
 from anybits.quantize import pipeline
 from anybits.quantize.calibration import DEFAULT_DATASET, Calibration, read_texts, sample_windows
+
+OFFLOAD_FOLDER = "offload"
+"""Where transformers keeps what it has to convert while loading, such as the experts of most mixtures."""
 
 
 def quantize_model(
@@ -36,7 +40,7 @@ def quantize_model(
         raise AnybitsError(f"device '{device}' is unknown: quantization runs on auto or cpu")
     folder = Path(out)
     texts = _texts(recipe, calibration)
-    model = hf.load_float_model(source)
+    model, weights = hf.load_lazily(source, folder / OFFLOAD_FOLDER)
     hf.run_experts_eagerly(model)
     tokenizer = hf.load_tokenizer(source) if texts is not None else None
     windows: Calibration | None = None
@@ -45,9 +49,13 @@ def quantize_model(
         if calibration is None:
             name = DEFAULT_DATASET
         windows = sample_windows(texts, hf.encoder(tokenizer), recipe.samples, recipe.seq_len, recipe.seed, name)
-    stored = pipeline.quantize(model, hf.plain_config(model), recipe, windows, folder, __version__, progress)
-    _finish(source, folder, model, stored)
-    return stored
+
+    def last_step(stored: StoredConfig) -> None:
+        shutil.rmtree(folder / OFFLOAD_FOLDER, ignore_errors=True)
+        _finish(source, folder, model, stored)
+
+    config = hf.plain_config(model)
+    return pipeline.quantize(model, config, recipe, windows, folder, __version__, progress, weights, last_step)
 
 
 def _texts(recipe: Recipe, calibration: str | Sequence[str] | None) -> list[str] | None:

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MethodType
 from typing import Any
 
 import torch
 import transformers
+from accelerate.hooks import remove_hook_from_submodules
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
@@ -101,9 +104,16 @@ class AnybitsQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         assert self.reader is not None
         precisions = self.quantization_config.stored.precisions
-        for name, module in plane_modules(model).items():
-            weight = self.reader.read(name, module.in_features, precisions)
-            module.set_plane_weight(weight.to(module.weight.device))
+        modules = plane_modules(model)
+
+        def read(name: str) -> PlaneWeight:
+            assert self.reader is not None
+            return self.reader.read(name, modules[name].in_features, precisions)
+
+        # Reading is comparing with checksums: threads share that.
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            for (name, module), weight in zip(modules.items(), pool.map(read, modules), strict=True):
+                module.set_plane_weight(weight.to(module.weight.device), self.reader.pages(name))
         model.anybits_bytes_read = self.reader.bytes_read
         self.reader = None
         attach_precision(model, self.default)
@@ -232,9 +242,48 @@ def load_float_model(path: str, **kwargs: Any) -> PreTrainedModel:
             model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
         except (OSError, ValueError, KeyError) as error:
             raise AnybitsError(f"{path} cannot be loaded as a causal language model: {_first_line(error)}") from None
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise AnybitsError(f"{path} is quantized already: give the original float model")
+    _refuse_quantized(path, model.config)
     return model
+
+
+def _refuse_quantized(path: str, config: Any) -> None:
+    if getattr(config, "quantization_config", None) is not None:
+        raise AnybitsError(f"{path} is quantized already: give the original float model")
+
+
+def load_lazily(path: str, offload: Path) -> tuple[PreTrainedModel, Mapping[str, torch.Tensor]]:
+    """Return a float model on the meta device, and its weights by name, each read from its file when it is asked for.
+
+    offload: folder for weights that transformers converts while loading, such as fused experts; the files serve
+    all others as they are. Raises AnybitsError like load_float_model.
+    """
+    with quiet_transformers():
+        try:
+            config = AutoConfig.from_pretrained(path)
+            _refuse_quantized(path, config)
+            with torch.device("meta"):
+                skeleton = AutoModelForCausalLM.from_config(config)
+        except (OSError, ValueError, KeyError) as error:
+            raise AnybitsError(f"{path} cannot be loaded as a causal language model: {_first_line(error)}") from None
+    model = load_float_model(path, device_map=_all_on_disk(skeleton), offload_folder=str(offload))
+    hooks = [module._hf_hook for module in model.modules() if hasattr(module, "_hf_hook")]
+    weights = next(hook.weights_map.dataset for hook in hooks if getattr(hook, "weights_map", None) is not None)
+    remove_hook_from_submodules(model)
+    return model, weights
+
+
+def _all_on_disk(model: nn.Module) -> dict[str, str]:
+    """Return a device map that leaves every module that has parameters on disk, except for the smallest.
+
+    One has to be in memory: accelerate refuses to load nothing.
+    """
+    sizes = {
+        name: sum(p.numel() for p in module.parameters())
+        for name, module in model.named_modules()
+        if next(module.children(), None) is None or next(module.parameters(recurse=False), None) is not None
+    }
+    smallest = min((size, name) for name, size in sizes.items() if size)[1]
+    return {name: "disk" if size and name != smallest else "cpu" for name, size in sizes.items()}
 
 
 def empty_model(folder: Path) -> PreTrainedModel:
@@ -265,9 +314,13 @@ def quiet_transformers() -> Iterator[None]:
     """Keep transformers' loading bars and notices off the terminal; its warnings about weights stay."""
     shown = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
+    dispatch = logging.getLogger("accelerate.big_modeling")  # says that weights are on disk, as they were told to be
+    level = dispatch.level
+    dispatch.setLevel(logging.ERROR)
     try:
         yield
     finally:
+        dispatch.setLevel(level)
         if shown:
             transformers.utils.logging.enable_progress_bar()
 

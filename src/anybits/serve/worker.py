@@ -116,7 +116,7 @@ class Worker:
             try:
                 self._turn()
             except Exception:
-                # One broken step must not end the service: its requests fail, the next ones are served.
+                # What the engine could not lay to one request must not end the service: all that run fail.
                 logger.exception("a step failed; its requests are answered with an error")
                 for sequence in list(self._jobs):
                     if sequence not in self.engine.scheduler.waiting:
@@ -128,8 +128,15 @@ class Worker:
         self._expire(started)
         tokens = self.engine.step()
         now = time.monotonic()
+        for sequence in self.engine.failed:
+            self._end(sequence, "error")
         for token in tokens:
-            self._hand_out(token, now)
+            try:
+                self._hand_out(token, now)
+            except Exception:
+                logger.exception("the text of a request failed; the others go on")
+                if token.sequence in self._jobs:
+                    self._end(token.sequence, "error")
         self.after_step()
         if tokens or not self.engine.idle:
             self.policy.observe(Load(now, now - started, self._oldest_wait(now)))
@@ -191,7 +198,8 @@ class Worker:
         self.engine.cancel(sequence, reason)
         self._close(sequence, reason, time.monotonic())
         if reason != "cancelled":
-            job.deliver(Delta(job.text.flush(), finish=reason))
+            text = "" if reason == "error" else job.text.flush()  # the text may be what failed
+            job.deliver(Delta(text, finish=reason))
 
     def _close(self, sequence: Sequence, reason: str, now: float) -> None:
         del self._jobs[sequence]
