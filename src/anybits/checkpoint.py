@@ -235,9 +235,9 @@ class CheckpointReader:
         """Return whether a tensor called `name` is stored."""
         return name in self._entries
 
-    def read_tensor(self, name: str) -> torch.Tensor:
-        """Return one stored tensor whole, compared with its checksums where there are any."""
-        return self._read(name)
+    def read_tensor(self, name: str, first: int | None = None) -> torch.Tensor:
+        """Return one stored tensor, or the `first` leading entries of planes, compared with its checksums."""
+        return self._read(name, first)
 
     def verify_unquantized(self) -> None:
         """Compare all tensors outside of plane modules with their checksums: another loader reads those."""

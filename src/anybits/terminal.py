@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -14,10 +16,12 @@ from rich.table import Table
 
 from anybits.config import Single
 from anybits.errors import AnybitsError
+from anybits.evaluate.end_to_end import DecodeTiming
 from anybits.evaluate.kernels import KernelTiming
 from anybits.evaluate.profiling import Found
 from anybits.evaluate.profiling import Progress as Profiling
 from anybits.evaluate.report import Evaluation
+from anybits.quantize.estimate import Estimate
 from anybits.quantize.pipeline import BlockReport, Progress
 
 
@@ -87,6 +91,33 @@ def counted(console: Console, label: str) -> Iterator[Callable[[int, int], None]
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+def estimate_table(model: str, out: Path, estimate: Estimate) -> Table:
+    """Return what a run will take: sums first, then their parts."""
+    folder = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
+    title = f"{model}: {estimate.weights / 1e6:.1f} M weights to quantize; time is known within a factor of about two"
+    table = Table(title=title)
+    for column in ("", "", "at most at once"):
+        table.add_column(column, justify="left" if not column else "right")
+
+    def add(name: str, parts: dict[str, str], total: str) -> None:
+        table.add_row(name, "", total)
+        for part, value in parts.items():
+            table.add_row("", part, value)
+        table.add_section()
+
+    def gigabytes(size: float) -> str:
+        return f"{size / 1e9:.2f} GB"
+
+    def minutes(seconds: float) -> str:
+        return f"{seconds / 60:.1f} min"
+
+    add("time", {k: minutes(v) for k, v in estimate.seconds.items()}, minutes(sum(estimate.seconds.values())))
+    add("memory", {k: gigabytes(v) for k, v in estimate.memory.items()}, gigabytes(sum(estimate.memory.values())))
+    add("disk", {k: gigabytes(v) for k, v in estimate.disk.items()}, gigabytes(sum(estimate.disk.values())))
+    table.add_row("disk", "free where the result goes", gigabytes(shutil.disk_usage(folder).free))
+    return table
+
+
 @contextmanager
 def profiling_progress(console: Console) -> Iterator[Profiling]:
     """Give callbacks that show sensitivities and searches, and a line for each profile found."""
@@ -121,7 +152,9 @@ def profiling_progress(console: Console) -> Iterator[Profiling]:
 
 def result_table(evaluation: Evaluation) -> Table:
     """Return the table of an evaluation."""
-    table = Table(title=f"{evaluation.model}: {evaluation.text_tokens} tokens in windows of {evaluation.seq_len}")
+    windows = f"windows of {evaluation.seq_len} {_overlap(evaluation.stride)}"
+    about = f"{evaluation.text}, " if evaluation.text else ""
+    table = Table(title=f"{evaluation.model}: {about}{evaluation.text_tokens} tokens in {windows}")
     for column in ("precision", "MB read", "bits/weight", "perplexity", "KL", "top-1 agreement"):
         table.add_column(column, justify="right")
     for r in evaluation.results:
@@ -133,6 +166,10 @@ def result_table(evaluation: Evaluation) -> Table:
         reference = evaluation.reference
         table.add_row("float", f"{reference.weight_bytes / 1e6:.2f}", "", f"{reference.perplexity:.3f}", "", "")
     return table
+
+
+def _overlap(stride: int | None) -> str:
+    return "without overlap" if stride is None else f"every {stride} tokens, each token counted once"
 
 
 def task_table(model: str, results: dict[Single, dict[str, dict[str, Any]]]) -> Table:
@@ -164,6 +201,19 @@ def timing_line(timing: KernelTiming) -> str:
         f"{n:6d} x {k:5d}  m {timing.m:3d}  {timing.method:13s} p {timing.precision}  {timing.backend:9s} "
         f"{timing.us:9.1f} us  {timing.gb_per_s:6.1f} GB/s  {100 * timing.bandwidth_share:4.0f} % of reading  "
         f"{timing.speedup_vs_bf16:5.1f} x bf16"
+    )
+
+
+def decode_line(timing: DecodeTiming) -> str:
+    """Return one line about one timed decode step."""
+    name = "bf16" if timing.precision == 16 else f"{timing.method} {timing.precision} bits"
+    layers = f"{timing.layers} layers"
+    if timing.distinct_layers < timing.layers:
+        layers += f", {timing.distinct_layers} of them distinct"
+    head = ", head quantized" if timing.quantized_head and timing.precision != 16 else ""
+    return (
+        f"{timing.model}  {name:20s} context {timing.context:6d}  {timing.ms:8.1f} ms  "
+        f"{timing.tokens_per_s:7.2f} tokens/s  {timing.gb_per_s:6.1f} GB/s  {timing.speedup_vs_bf16:5.1f} x bf16  ({layers}{head})"
     )
 
 

@@ -7,7 +7,7 @@ up worse than the data-free codes at any precision gets those back.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -49,18 +49,23 @@ class _State:
         self.family.replace_rows(which, other.family)
 
 
-def improve(weight: torch.Tensor, start: PlaneWeight, moments: Moments, settings: DataAware) -> PlaneWeight:
+def improve(
+    weight: torch.Tensor, start: PlaneWeight, moments: Moments, settings: DataAware, consume: bool = False
+) -> PlaneWeight:
     """Return `start` with codes and levels that fit the layer's inputs better at every precision, row by row.
 
     weight: float `[N, K]`, what `start` quantizes without data, of either method; moments: of the layer's inputs at
-    start's precisions, those beyond the last sharing it. No row's error (q - w*) H (q - w*)^T, H damped, is above
-    that of `start` at any precision.
+    start's precisions, those beyond the last sharing it; consume: their memory may be used up. No row's error
+    (q - w*) H (q - w*)^T, H damped, is above that of `start` at any precision.
     """
     size = start.in_features
     if isinstance(start.levels, AffineLevels):
         size = group_columns(start.levels.group_size, start.in_features)
     columns = layout(moments.hessian, size, settings.column_order == "energy")
-    stated = problem(moments.reorder(columns.order), settings.damping, settings.correction)
+    ordered = moments.reorder(columns.order)
+    if ordered is moments and not consume:
+        ordered = replace(moments, hessian=moments.hessian.clone())
+    stated = problem(ordered, settings.damping, settings.correction)
     stated = stated.spread(len(start.precisions))
     first = _balanced(weight, start, settings)
     step = max(1, min(ROWS, CHUNK // (len(start.precisions) * start.in_features)))
