@@ -2,7 +2,6 @@
 // affine levels (the same additions in the same order), and those that the codebook kernel multiplies by.
 #pragma once
 
-#include "blend.h"
 #include "codebook.h"
 
 namespace {
@@ -148,12 +147,7 @@ struct Instance {
         else
             codebook_activations<I>(c, row, floats);
     }
-    static void lane(const Call &c, const BlendChunk &chunk, int lane, float *floats) {
-        blend_activations<I>(c, chunk, lane, floats);
-    }
     static void multiply(const Call &c, int64_t first, int64_t last, float *scratch) {
-        if constexpr (I::BLEND_ROWS <= AB_MAX_ROWS)
-            if (c.chunk_count) return blend_multiply<I>(c, first, last, scratch);
         if (c.weight->shape.levels == AB_CODEBOOK)
             codebook_multiply<I>(c, first, last, scratch);
         else if (c.fast)
@@ -161,8 +155,7 @@ struct Instance {
         else
             affine_by_dtype<I, true>(c, first, last, scratch);
     }
-    static constexpr Kernels kernels = {I::TILE, I::ROW_WORDS,  activations, I::BLEND_ROWS,
-                                        lane,    multiply,      dequantize_rows<I>};
+    static constexpr Kernels kernels = {I::TILE, I::ROW_WORDS, activations, multiply, dequantize_rows<I>, nullptr};
 };
 
 }  // namespace

@@ -18,7 +18,7 @@ from anybits.kernels import reference as _reference  # noqa: F401  (registered f
 from anybits.kernels.backend import register
 from anybits.weight import AffineLevels, PlaneWeight, check_precision, group_columns
 
-ISAS = ("portable", "avx2", "avx512", "neon")
+ISAS = ("portable", "avx2", "avx512", "neon", "amx")
 """Instruction sets by the number that csrc/anybits.h gives them."""
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -29,22 +29,18 @@ MAX_KERNEL_ROWS = 64
 """Rows of x in one pass of the kernel (AB_MAX_ROWS); more rows are several passes."""
 
 DENSE_ROWS = {
-    ("avx512", True): (0, 512, 512, 64, 64, 52, 44, 40, 36),
-    ("avx512", False): (0, 112, 112, 112, 112, 64, 48, 32, 20),
-    ("avx2", True): (0, 32, 25, 18, 14, 14, 14, 14, 14),
-    ("avx2", False): (0, 40, 40, 24, 12, 12, 12, 12, 12),
-    ("neon", True): (0, 32, 25, 18, 14, 14, 14, 14, 14),
-    ("neon", False): (0, 40, 40, 24, 12, 12, 12, 12, 12),
+    ("amx", True): (0, 256, 256, 112, 96, 88, 80, 74, 68),
+    ("amx", False): (0, 124, 124, 120, 116, 96, 80, 50, 36),
+    ("avx512", True): (0, 256, 256, 112, 96, 88, 80, 74, 68),
+    ("avx512", False): (0, 124, 124, 120, 116, 96, 80, 50, 36),
+    ("avx2", True): (0, 42, 42, 28, 20, 16, 14, 12, 12),
+    ("avx2", False): (0, 42, 42, 40, 40, 24, 12, 12, 12),
+    ("neon", True): (0, 42, 42, 28, 20, 16, 14, 12, 12),
+    ("neon", False): (0, 42, 42, 40, 40, 24, 12, 12, 12),
     ("portable", True): (0, 12, 12, 12, 12, 12, 12, 12, 12),
     ("portable", False): (0, 12, 12, 12, 12, 12, 12, 12, 12),
 }
-"""(instruction set, affine) -> for p = 0 ... 8, rows of bf16 x from which slabs and torch's GEMM are faster.
-
-Measured on one Zen 4 core, 2048 x 4096, milliseconds. torch's bf16 GEMM: 1.8 at 16 rows, 5.3 at 64, 20 at 256.
-Slabs (avx512, p = 2 / 4 / 8): affine 1.8 / 2.8 / 5.0, codebook 5.4. Kernel at 64 rows: affine 6.0 / 8.3 / 14.6,
-codebook 8.1 / 8.8 / 22.5. avx2: slabs 2.1 / 3.2 / 8.5, kernel at 16 rows affine 2.7 / 5.2 / 18, codebook
-3.5 / 8.2 / 45. Best of 8 to 10 calls on a busy machine. Precisions 5 to 7 are interpolated; NEON's row is a copy
-of avx2's and portable's a guess.
+"""XXX
 """
 
 DENSE_ROWS_FP32 = 8
