@@ -92,14 +92,24 @@ inline void affine_lane(const Call &c, const Group &group, int lane, float *floa
     }
 }
 
-// One step, 16 rows' words, as eight rows of a tile: row i holds +1 where bit i of a byte is set, else -1. The matrix
-// copies the inverted bit to bits 1 ... 7 and sets bit 0.
-inline void expand_signs(Bytes words, uint8_t *out) {
-    for (int i = 0; i < 8; i++) {
-        const Bytes matrix = _mm512_set1_epi64(static_cast<int64_t>(0x0001010101010101u << i));
-        _mm512_store_si512(out + TILE_ROW * i, _mm512_gf2p8affine_epi64_epi8(words, matrix, 0xff));
+// One step, 16 rows' words, as eight rows of a tile: row i holds +1 where bit i of a byte is set, else -1. A matrix
+// copies the inverted bit to bits 1 ... 7 and sets bit 0. The matrices are held in registers by force: reloaded
+// between stores they took as long again.
+struct Signs {
+    Bytes matrix[8];
+
+    Signs() {
+        for (int i = 0; i < 8; i++) {
+            matrix[i] = _mm512_set1_epi64(static_cast<int64_t>(0x0001010101010101u << i));
+            asm volatile("" : "+v"(matrix[i]));
+        }
     }
-}
+    inline __attribute__((always_inline)) void expand(Bytes words, uint8_t *out) const {
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; i++)
+            _mm512_store_si512(out + TILE_ROW * i, _mm512_gf2p8affine_epi64_epi8(words, matrix[i], 0xff));
+    }
+};
 
 // Sums of a group's rows (high, then low bytes) with each plane of one block. `next`: bytes to the block's second tile.
 // Tiles 0 and 1 hold weights; a full group and the last one differ in shape and so in the tiles that they use.
@@ -169,7 +179,8 @@ inline void combine_group(const Call &c, const Group &group, int64_t tile, int64
 }
 
 // One block of one tile for all groups; y holds the tile's results by position.
-inline void affine_tile_block(const Call &c, int64_t tile, int64_t block, int64_t ahead, AffineBuffers *buffers, float *y) {
+inline __attribute__((always_inline)) void affine_tile_block(const Call &c, const Signs &with, int64_t tile, int64_t block,
+                                                             int64_t ahead, AffineBuffers *buffers, float *y) {
     const Header *h = c.weight;
     const int64_t block_steps = h->block_columns / STEP, first = block * block_steps, tiles = block_tiles(h);
     const int64_t steps = h->steps - first < block_steps ? h->steps - first : block_steps;
@@ -177,7 +188,7 @@ inline void affine_tile_block(const Call &c, int64_t tile, int64_t block, int64_
     for (int b = 0; b < c.groups[0].precision; b++, plane += h->plane_stride)
         for (int64_t s = 0; s < steps; s++) {
             __builtin_prefetch(plane + s * 64 + ahead);
-            expand_signs(_mm512_loadu_si512(plane + s * 64), buffers->signs[b][0] + s * (TILE_BYTES / 2));
+            with.expand(_mm512_loadu_si512(plane + s * 64), buffers->signs[b][0] + s * (TILE_BYTES / 2));
         }
     written();
     for (int i = 0; i < c.group_count; i++) {
@@ -193,7 +204,7 @@ inline void affine_tile_block(const Call &c, int64_t tile, int64_t block, int64_
 inline void affine_batch(const Call &c, int64_t first, int64_t last, float *scratch) {
     const Header *h = c.weight;
     alignas(64) AffineBuffers buffers;
-    memset(&buffers, 0, sizeof buffers);
+    const Signs with;
     TileShapes shapes;
     const int left = c.groups[c.group_count - 1].count;
     for (int tile = 0; tile < 5; tile++) shapes.set(tile, 16, TILE_ROW);
@@ -209,7 +220,7 @@ inline void affine_batch(const Call &c, int64_t first, int64_t last, float *scra
             const int64_t end = block + at_once < h->blocks ? block + at_once : h->blocks;
             for (int64_t t = 0; t < tiles; t++)
                 for (int64_t b = block; b < end; b++)
-                    affine_tile_block(c, tile + t, b, streaming ? STREAM_AHEAD : h->tile_bytes, &buffers, scratch + t * c.rows * 16);
+                    affine_tile_block(c, with, tile + t, b, streaming ? STREAM_AHEAD : h->tile_bytes, &buffers, scratch + t * c.rows * 16);
         }
         store_tiles<Avx512>(c, tile, tiles, scratch);
     }

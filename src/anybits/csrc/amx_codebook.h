@@ -25,9 +25,10 @@ inline void codebook_lane(const Call &c, const Group &group, int lane, float *fl
     const int64_t row = 8 * group.count;
     for (int64_t span = 0; span < h->spans; span++, scales += 16) {
         const float *x = floats + span * SPAN;
-        float peak = 0, sum = 0;
-        for (int i = 0; i < SPAN; i++) peak = __builtin_fabsf(x[i]) > peak ? __builtin_fabsf(x[i]) : peak, sum += x[i];
-        const Grid grid = grid_of(peak, sum, SPAN_LIMIT, true);
+        uint32_t bits = 0;  // magnitudes are ordered as their bits are, and what is not finite is above all of them
+        for (int i = 0; i < SPAN; i++) bits = (bits_of_float(x[i]) & 0x7fffffff) > bits ? bits_of_float(x[i]) & 0x7fffffff : bits;
+        const float peak = float_of_bits(bits);
+        const Grid grid = grid_of(peak, peak, SPAN_LIMIT, true);
         scales[lane] = 256 * grid.scale, scales[group.count + lane] = grid.scale;
         for (int i = lane ? 16 : 2 * group.count; i < 16; i++) scales[i] = 0;
         for (int tile = 0; tile < SPAN_TILES; tile++, out += 16 * row) {
@@ -151,7 +152,6 @@ inline void codebook_batch(const Call &c, int64_t first, int64_t last, float *sc
         codebook_groups<5>, codebook_groups<6>, codebook_groups<7>, codebook_groups<8>};
     const int64_t n = c.weight->shape.out_features;
     alignas(64) CodebookBuffers buffers;
-    memset(&buffers, 0, sizeof buffers);
     for (int64_t tile = first; tile < last; tile++) {
         const int64_t row = tile * CODEBOOK_TILE, rows = n - row < CODEBOOK_TILE ? n - row : CODEBOOK_TILE;
         memset(scratch, 0, static_cast<size_t>(c.group_count * CODEBOOK_TILE * 16) * sizeof(float));
@@ -188,7 +188,7 @@ struct AmxInstance {
     static void multiply(const Call &c, int64_t first, int64_t last, float *scratch) {
         c.weight->shape.levels == AB_AFFINE ? affine_batch(c, first, last, scratch) : codebook_batch(c, first, last, scratch);
     }
-    static constexpr Batch batch = {{2, 1}, table_bytes, scale_floats, activations, multiply};
+    static constexpr Batch batch = {{4, 1}, table_bytes, scale_floats, activations, multiply};
     static constexpr Kernels kernels = {Avx512::TILE,
                                         Avx512::ROW_WORDS,
                                         Instance<Avx512>::activations,
