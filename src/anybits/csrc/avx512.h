@@ -12,6 +12,7 @@ struct Avx512 {
     using F = __m512;
     static constexpr int TILE = 16, LANES = 16, BYTES = 64;
     static constexpr int LOOKUP_ROWS = 2, DOT_ROWS = 4;  // rows of x that go through an inner loop together
+    static constexpr bool OWN_DEQUANTIZE = true;
     static constexpr bool ROW_WORDS = true;
     static constexpr int TABLE_FLIP = 0;
 
@@ -77,6 +78,56 @@ struct Avx512 {
         const uint8_t *at = p + entry * TILE * level_size(h->shape.level_dtype);
         if (h->shape.level_dtype == AB_F16) return level<AB_F16>(at, 0);
         return h->shape.level_dtype == AB_BF16 ? level<AB_BF16>(at, 0) : level<AB_F32>(at, 0);
+    }
+
+    // Sixteen floats rounded to bf16, to nearest even.
+    static __m256i rounded(F v) {
+        const V u = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+        const V up = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
+        return _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16));
+    }
+
+    // A whole step of a whole tile, the last column first: its bits are the signs of the words.
+    template <int P>
+    static void dequantize_step(const uint32_t (*words)[16], const float (*scales)[16], const float *offsets, int dtype,
+                                void *out, int64_t at, int64_t stride) {
+        const V top = _mm512_set1_epi32(static_cast<int>(0x80000000u));
+        const F offset = load(offsets);
+        V bits[P], scale[P];
+        for (int b = 0; b < P; b++) bits[b] = _mm512_loadu_si512(words[b]), scale[b] = _mm512_loadu_si512(scales[b]);
+        for (int64_t k = STEP - 1; k >= 0; k--) {
+            F v = offset;
+            for (int b = 0; b < P; b++) {  // scale ^ (~bits & top)
+                v = _mm512_add_ps(v, _mm512_castsi512_ps(_mm512_ternarylogic_epi32(bits[b], scale[b], top, 0xC6)));
+                bits[b] = _mm512_slli_epi32(bits[b], 1);
+            }
+            const int64_t to = at + k * stride;
+            if (dtype == AB_F32)
+                _mm512_storeu_ps(static_cast<float *>(out) + to, v);
+            else
+                _mm256_storeu_si256(reinterpret_cast<__m256i *>(static_cast<uint16_t *>(out) + to), rounded(v));
+        }
+    }
+
+    // Whole spans of a codebook row as bf16: `values` are the centroids, at least 32 of them.
+    template <int P>
+    static void dequantize_spans(const uint8_t *plane, int64_t stride, int64_t spans, const float *values, uint16_t *out) {
+        constexpr int COUNT = 1 << P < 16 ? 16 : 1 << P;
+        alignas(64) int16_t halves[COUNT];
+        for (int i = 0; i < COUNT; i += 16) _mm256_store_si256(reinterpret_cast<__m256i *>(halves + i), rounded(load(values + i)));
+        const Table<P> table(halves);
+        const V first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+        for (int64_t span = 0; span < spans; span++, plane += 64) {
+            V planes[P], codes[8];
+            for (int b = 0; b < P; b++) planes[b] = load_bytes(plane + b * stride);
+            merge_codes<Avx512, P>(planes, codes);
+            for (int i = 0; i < 8; i++, out += 64) {
+                const V even = table.find(codes[i]), odd = table.find(_mm512_srli_epi16(codes[i], 8));
+                const V low = _mm512_unpacklo_epi16(even, odd), high = _mm512_unpackhi_epi16(even, odd);
+                _mm512_storeu_si512(out, _mm512_permutex2var_epi64(low, first, high));
+                _mm512_storeu_si512(out + 32, _mm512_permutex2var_epi64(low, second, high));
+            }
+        }
     }
 
     static V bytes(int v) { return _mm512_set1_epi8(static_cast<char>(v)); }

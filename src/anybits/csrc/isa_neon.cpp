@@ -11,6 +11,7 @@ struct Neon {
     using F = float32x4_t;
     static constexpr int TILE = 16, LANES = 4, BYTES = 16;
     static constexpr int LOOKUP_ROWS = 4, DOT_ROWS = 4;  // rows of x that go through an inner loop together
+    static constexpr bool OWN_DEQUANTIZE = false;
     static constexpr bool ROW_WORDS = false;
     static constexpr int TABLE_FLIP = 0x80;
 
