@@ -151,7 +151,7 @@ def test_mixed_rows_equal_uniform_rows(isa, case):
         assert torch.equal(same, backend.matmul(x, packed, 4))
 
 
-@pytest.mark.parametrize("case", ["affine", "affine ragged", "affine group 96", "codebook ragged"])
+@pytest.mark.parametrize("case", ["affine ragged", "affine group 96", "codebook ragged"])
 @pytest.mark.parametrize("isa", ISAS)
 def test_a_row_does_not_depend_on_its_batch(isa, case, monkeypatch):
     monkeypatch.setattr(cpu, "_dense_is_faster", lambda *_: False)
@@ -172,7 +172,7 @@ def test_a_row_does_not_depend_on_its_batch(isa, case, monkeypatch):
         assert torch.equal(uniform[0], alone[first]), rows
 
 
-@pytest.mark.parametrize("case", ["affine", "affine ragged", "codebook", "codebook ragged"])
+@pytest.mark.parametrize("case", ["affine ragged", "codebook ragged"])
 @pytest.mark.parametrize("isa", ISAS)
 def test_bf16_results_are_mostly_the_nearest(isa, case):
     weight = CASES[case]()

@@ -65,11 +65,21 @@ struct Grid {
 // `power`: the scale is a power of two, so that a bf16 activation above 1/128 of the limit is kept exactly. A block that
 // is not all finite gets a scale that is NaN: its integers mean nothing.
 inline Grid grid_of(float peak, float sum, float limit, bool power) {
-    if (!(peak > 0)) return {sum == sum ? 0.0f : sum, 0};
     if (!(peak - peak == 0 && sum - sum == 0)) return {sum - sum + (peak - peak), 0};
+    if (peak == 0) return {0, 0};
     if (!power) return {peak / limit, limit / peak};
     const uint32_t ratio = bits_of_float(peak / limit), up = (ratio + 0x7fffff) >> 23, exponent = up < 1 ? 1 : up;
     return {float_of_bits(exponent << 23), float_of_bits((254 - exponent) << 23)};
+}
+
+// The largest magnitude. Magnitudes are ordered as their bits are, and what is not finite is above all of them.
+inline float peak_of(const float *x, int64_t count) {
+    uint32_t peak = 0;
+    for (int64_t i = 0; i < count; i++) {
+        const uint32_t magnitude = bits_of_float(x[i]) & 0x7fffffff;
+        peak = magnitude > peak ? magnitude : peak;
+    }
+    return float_of_bits(peak);
 }
 
 // One block in place: integers where every entry of a table is to be an exact sum of them. With bf16, every kernel

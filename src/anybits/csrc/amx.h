@@ -220,7 +220,8 @@ inline void affine_batch(const Call &c, int64_t first, int64_t last, float *scra
             const int64_t end = block + at_once < h->blocks ? block + at_once : h->blocks;
             for (int64_t t = 0; t < tiles; t++)
                 for (int64_t b = block; b < end; b++)
-                    affine_tile_block(c, with, tile + t, b, streaming ? STREAM_AHEAD : h->tile_bytes, &buffers, scratch + t * c.rows * 16);
+                    affine_tile_block(c, with, tile + t, b, streaming ? STREAM_AHEAD : h->tile_bytes, &buffers,
+                                      scratch + t * c.rows * 16);
         }
         store_tiles<Avx512>(c, tile, tiles, scratch);
     }

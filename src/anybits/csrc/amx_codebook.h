@@ -25,9 +25,7 @@ inline void codebook_lane(const Call &c, const Group &group, int lane, float *fl
     const int64_t row = 8 * group.count;
     for (int64_t span = 0; span < h->spans; span++, scales += 16) {
         const float *x = floats + span * SPAN;
-        uint32_t bits = 0;  // magnitudes are ordered as their bits are, and what is not finite is above all of them
-        for (int i = 0; i < SPAN; i++) bits = (bits_of_float(x[i]) & 0x7fffffff) > bits ? bits_of_float(x[i]) & 0x7fffffff : bits;
-        const float peak = float_of_bits(bits);
+        const float peak = peak_of(x, SPAN);
         const Grid grid = grid_of(peak, peak, SPAN_LIMIT, true);
         scales[lane] = 256 * grid.scale, scales[group.count + lane] = grid.scale;
         for (int i = lane ? 16 : 2 * group.count; i < 16; i++) scales[i] = 0;
