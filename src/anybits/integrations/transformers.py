@@ -17,14 +17,21 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from anybits import checkpoint
 from anybits.config import QUANT_METHOD, StoredConfig
+from anybits.decode.draft_length import DraftLength
+from anybits.decode.schedule import Schedule, parse_schedule
+from anybits.decode.statistics import Statistics
 from anybits.errors import AnybitsError
 from anybits.linear import PlaneLinear, PlaneModule, PlaneStack
-from anybits.precision import ModelPrecision, Precision
+from anybits.precision import ModelPrecision, Precision, active
 from anybits.precision import precision as scoped
 from anybits.weight import PlaneWeight, check_precision
 
@@ -166,8 +173,34 @@ def attach_precision(model: PreTrainedModel, default: ModelPrecision, stored: tu
         """Run at `value` wherever no `anybits.precision` scope says otherwise."""
         default.value = checked(value, stored)
 
-    def generate(self: PreTrainedModel, *args: Any, precision: Precision | None = None, **kwargs: Any) -> Any:
-        """`GenerationMixin.generate` at `precision`: an int, or one int per sequence as a list or tensor."""
+    lengths: dict[tuple[Precision, Precision], DraftLength] = {}
+
+    def generate(
+        self: PreTrainedModel,
+        *args: Any,
+        precision: Precision | None = None,
+        draft_precision: Precision | None = None,
+        draft_tokens: int | None = None,
+        schedule: Schedule | str | None = None,
+        statistics: Statistics | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """`GenerationMixin.generate` at `precision`: an int, or one int per sequence as a list or tensor.
+
+        draft_precision: draft there and verify at `precision`, with the same tokens when greedy and the same
+        distribution when sampling; draft_tokens: how many a round, None for as many as pay. schedule: a Schedule or
+        its text, in place of one precision. statistics: filled with what drafts or a schedule did.
+        """
+        if draft_precision is not None or schedule is not None or draft_tokens is not None:
+            from anybits.integrations.generation import plan_generation
+
+            target = checked(active(default) if precision is None else precision, stored)
+            draft = None if draft_precision is None else checked(draft_precision, stored)
+            schedule = parse_schedule(schedule) if isinstance(schedule, str) else schedule
+            for one in () if schedule is None else schedule.precisions:
+                checked(one, stored)
+            plan = plan_generation(self, lengths, target, draft, draft_tokens, schedule, statistics)
+            return type(self).generate(self, *args, custom_generate=plan, **kwargs)
         scope = contextlib.nullcontext() if precision is None else scoped(checked(precision, stored))
         with scope:
             return type(self).generate(self, *args, **kwargs)
@@ -280,9 +313,32 @@ def forget_quantization(model: PreTrainedModel) -> None:
     model.__dict__.pop("quantization_method", None)
 
 
-def register_attention(name: str, function: Callable[..., Any]) -> None:
-    """Let models be switched to `function` by `set_attn_implementation(name)`."""
+def register_attention(name: str, function: Callable[..., Any], like: str | None = None) -> None:
+    """Let models be switched to `function` by `set_attn_implementation(name)`; masks are those of `like`."""
     transformers.AttentionInterface.register(name, function)
+    if like is not None:
+        transformers.AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[like])
+
+
+def sdpa_attention(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    """Attend as the implementation `sdpa` of transformers does."""
+    return sdpa_attention_forward(*args, **kwargs)
+
+
+def can_be_shortened(cache: Any) -> bool:
+    """Return whether positions can be taken off the end of `cache`: its layers hold keys and values that grow."""
+    layers = getattr(cache, "layers", None)
+    return layers is not None and all(type(one) in (DynamicLayer, DynamicSlidingWindowLayer) for one in layers)
+
+
+def has_window(cache: Any) -> bool:
+    """Return whether a layer of `cache` has a sliding window."""
+    return any(isinstance(one, DynamicSlidingWindowLayer) for one in cache.layers)
+
+
+def generation_output(ids: torch.Tensor, cache: Any) -> GenerateDecoderOnlyOutput:
+    """Return what `generate(return_dict_in_generate=True)` gives: ids `[1, T]` and the cache."""
+    return GenerateDecoderOnlyOutput(sequences=ids, past_key_values=cache)
 
 
 def weight_facts(model: nn.Module) -> dict[int, tuple[int, int]]:
