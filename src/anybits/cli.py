@@ -83,15 +83,38 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy; higher is more random.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    draft_precision: Annotated[
+        int | None, typer.Option(help="Draft at these bits, verify at --precision: the same text, sooner.")
+    ] = None,
+    draft_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of a draft. Default: as many as pay, by measured times.")
+    ] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="Bits that change: split:8,4 or length:4,3@64 or entropy:2,4@1.5.")
+    ] = None,
 ) -> None:
     """Continue a prompt at one precision; only the planes of that precision are read from disk.
 
-    Example: `anybits generate llama-any --precision 3 --prompt "def fib(n):"`
+    Example: `anybits generate llama-any --precision 4 --draft-precision 2 --prompt "def fib(n):"`
     """
+    from anybits import terminal
+    from anybits.decode.schedule import parse_schedule
+    from anybits.decode.statistics import Statistics
     from anybits.integrations import transformers as hf
 
+    statistics = Statistics()
+    passes: dict[str, Any] = {"draft_precision": draft_precision, "draft_tokens": draft_tokens}
+    if schedule is not None:
+        if precision is not None:
+            raise AnybitsError("a schedule names its precisions itself: leave --precision out")
+        passes["schedule"] = parse_schedule(schedule)
     loaded = hf.load_model(model, max_precision=precision)
-    hf.generate_text(loaded, hf.load_tokenizer(model), prompt, max_new_tokens, temperature, seed, stream=True)
+    tokenizer = hf.load_tokenizer(model)
+    hf.generate_text(
+        loaded, tokenizer, prompt, max_new_tokens, temperature, seed, stream=True, statistics=statistics, **passes
+    )
+    if statistics.tokens:
+        typer.echo(terminal.decoding_line(statistics), err=True)
 
 
 @app.command("eval", rich_help_panel="Main")

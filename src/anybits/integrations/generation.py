@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from anybits.decode.choice import Choice
 from anybits.decode.draft_length import MAX_DRAFT, AdaptiveLength, DraftLength, FixedLength
 from anybits.decode.loop import decode
-from anybits.decode.schedule import Schedule, Split
+from anybits.decode.schedule import Schedule, Split, parse_schedule
 from anybits.decode.speculation import speculate
 from anybits.decode.statistics import Statistics
 from anybits.errors import AnybitsError
@@ -134,16 +134,24 @@ class _Emitted:
         return False
 
 
-def plan_generation(
-    model: Any,
+def plan(
+    stored: tuple[int, ...],
     lengths: dict[tuple[Precision, Precision], DraftLength],
     precision: Precision,
     draft_precision: Precision | None,
     draft_tokens: int | None,
-    schedule: Schedule | None,
+    schedule: Schedule | str | None,
     statistics: Statistics | None,
-) -> Callable[..., Any]:
-    """Return the `custom_generate` for checked precisions; `lengths` keeps what was learned for each pair of them."""
+) -> Plan:
+    """Return the `custom_generate` that was asked for, or raise AnybitsError for what cannot be.
+
+    stored: the model's precisions; lengths: (precision, draft precision) -> what was learned in earlier calls.
+    """
+    precision = hf.checked(precision, stored)
+    draft_precision = None if draft_precision is None else hf.checked(draft_precision, stored)
+    schedule = parse_schedule(schedule) if isinstance(schedule, str) else schedule
+    for one in () if schedule is None else schedule.precisions:
+        hf.checked(one, stored)
     if schedule is not None and draft_precision is not None:
         raise AnybitsError("a schedule and a draft precision contradict each other: give one of them")
     if draft_tokens is not None and draft_precision is None:
@@ -154,12 +162,12 @@ def plan_generation(
         raise AnybitsError("drafts need one precision for the sequence, not one for each row")
     if draft_precision is not None and draft_precision == precision:
         raise AnybitsError(f"draft precision {draft_precision} is the precision itself: give a lower one")
-    plan = Plan(precision, draft_precision, schedule, statistics=statistics or Statistics())
+    made = Plan(precision, draft_precision, schedule, statistics=Statistics() if statistics is None else statistics)
     if draft_tokens is not None:
-        plan.length = FixedLength(draft_tokens)
+        made.length = FixedLength(draft_tokens)
     elif draft_precision is not None:
-        plan.length = lengths.setdefault((precision, draft_precision), plan.length)
-    return plan
+        made.length = lengths.setdefault((precision, draft_precision), made.length)
+    return made
 
 
 def _refuse(input_ids: torch.Tensor, config: Any, model_kwargs: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import GenerateDecoderOnlyOutput
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa_attention  # noqa: F401  (for row_invariance)
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -27,7 +27,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from anybits import checkpoint
 from anybits.config import QUANT_METHOD, StoredConfig
 from anybits.decode.draft_length import DraftLength
-from anybits.decode.schedule import Schedule, parse_schedule
+from anybits.decode.schedule import Schedule
 from anybits.decode.statistics import Statistics
 from anybits.errors import AnybitsError
 from anybits.linear import PlaneLinear, PlaneModule, PlaneStack
@@ -192,15 +192,11 @@ def attach_precision(model: PreTrainedModel, default: ModelPrecision, stored: tu
         its text, in place of one precision. statistics: filled with what drafts or a schedule did.
         """
         if draft_precision is not None or schedule is not None or draft_tokens is not None:
-            from anybits.integrations.generation import plan_generation
+            from anybits.integrations.generation import plan
 
-            target = checked(active(default) if precision is None else precision, stored)
-            draft = None if draft_precision is None else checked(draft_precision, stored)
-            schedule = parse_schedule(schedule) if isinstance(schedule, str) else schedule
-            for one in () if schedule is None else schedule.precisions:
-                checked(one, stored)
-            plan = plan_generation(self, lengths, target, draft, draft_tokens, schedule, statistics)
-            return type(self).generate(self, *args, custom_generate=plan, **kwargs)
+            target = active(default) if precision is None else precision
+            passes = plan(stored, lengths, target, draft_precision, draft_tokens, schedule, statistics)
+            return type(self).generate(self, *args, custom_generate=passes, **kwargs)
         scope = contextlib.nullcontext() if precision is None else scoped(checked(precision, stored))
         with scope:
             return type(self).generate(self, *args, **kwargs)
@@ -320,11 +316,6 @@ def register_attention(name: str, function: Callable[..., Any], like: str | None
         transformers.AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[like])
 
 
-def sdpa_attention(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
-    """Attend as the implementation `sdpa` of transformers does."""
-    return sdpa_attention_forward(*args, **kwargs)
-
-
 def can_be_shortened(cache: Any) -> bool:
     """Return whether positions can be taken off the end of `cache`: its layers hold keys and values that grow."""
     layers = getattr(cache, "layers", None)
@@ -357,10 +348,12 @@ def generate_text(
     temperature: float = 0.0,
     seed: int = 0,
     stream: bool = False,
+    **passes: Any,
 ) -> tuple[str, int]:
     """Return the continuation of `prompt` and its number of tokens, at the active precision.
 
-    temperature 0 is greedy; with `stream` the text is also written to the terminal as it comes.
+    temperature 0 is greedy; with `stream` the text is also written to the terminal as it comes; passes: what an
+    anybits model's `generate` takes more than others (draft_precision, schedule, ...).
     """
     encoded = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     if encoded["input_ids"].numel() == 0:
@@ -370,7 +363,7 @@ def generate_text(
     streamer = transformers.TextStreamer(tokenizer, skip_special_tokens=True) if stream else None
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     output = model.generate(
-        **encoded, max_new_tokens=max_new_tokens, streamer=streamer, pad_token_id=padding, **sampling
+        **encoded, max_new_tokens=max_new_tokens, streamer=streamer, pad_token_id=padding, **sampling, **passes
     )
     new = output[0, encoded["input_ids"].shape[1] :]
     return tokenizer.decode(new, skip_special_tokens=True), len(new)
