@@ -1,5 +1,6 @@
 """Drafts change no token when greedy and no probability when sampling; schedules run each token where they say."""
 
+import random
 from pathlib import Path
 
 import pytest
@@ -142,27 +143,28 @@ def test_accepted_tokens_of_a_model_follow_the_target(model: transformers.PreTra
     q, p = (choice.probabilities(tokens, logits[precision][None]) for precision in (2, 4))
     counts = torch.zeros(64)
     drafts = torch.multinomial(q[0], 20_000, replacement=True).tolist()
-    kept = 0
+    kept, twice = 0, p.repeat(2, 1)
     for draft in drafts:
-        n, token = accept_sampled([draft], q, p.repeat(2, 1))
+        n, token = accept_sampled([draft], q, twice)
         counts[draft if n else token] += 1
         kept += n
     assert kept / 20_000 == pytest.approx(float(torch.minimum(p, q).sum()), abs=0.02)
     assert chi_square_p(counts, 20_000 * p[0]) > 0.001
-    assert chi_square_p(counts, 20_000 * q[0]) < 1e-6 or torch.allclose(p, q, atol=1e-3)
+    assert not torch.allclose(p, q, atol=0.01)
 
 
 class Chain:
-    """A Markov chain as a model: the next token's logits depend on the last token and the precision."""
+    """A Markov chain as a model: logits depend on the last token and the precision; passes take uneven times."""
 
     def __init__(self, size: int) -> None:
         generator = torch.Generator().manual_seed(3)
         target = torch.randn(size, size, generator=generator)
         self.logits = {4: target, 2: target + 0.7 * torch.randn(size, size, generator=generator)}
-        self.length = 0
+        self.length, self.now, self.random = 0, 0.0, random.Random(4)
 
     def forward(self, tokens: list[int], precision: int) -> torch.Tensor:
         self.length += len(tokens)
+        self.now += (0.2 if precision == 2 else 1 + 0.05 * len(tokens)) * self.random.uniform(0.7, 1.3)
         return self.logits[precision][tokens]
 
     def drop(self, count: int) -> None:
@@ -172,23 +174,22 @@ class Chain:
 def test_a_sampled_text_is_distributed_as_plain_decoding() -> None:
     """20 000 tokens of the whole loop with adaptive drafts: pairs of neighbours against the target's chain."""
     torch.manual_seed(5)
-    count, size = 20_000, 6
+    size, count = 6, 500
     warpers = warped(0.8, 5, 0.97)
-    model, choice, tokens, statistics = Chain(size), Choice(True, lambda _, row: warpers(None, row)), [0], Statistics()
-    ticks = iter(range(1 << 40))  # a clock of uneven passes: lengths vary, the distribution must not
-    passes = speculate(
-        model, choice, tokens, 4, 2, AdaptiveLength(), count + 1, statistics, clock=lambda: next(ticks) ** 1.01
-    )
-    for _ in passes:
-        assert model.length == len(tokens) - 1
-    pairs = torch.zeros(size, size).index_put_(
-        (torch.tensor(tokens[:-1]), torch.tensor(tokens[1:])), torch.ones(count), accumulate=True
-    )
-    assert statistics.rounds > 1000
+    model, choice, length, statistics = Chain(size), Choice(True, warpers), AdaptiveLength(), Statistics()
+    pairs = torch.zeros(size, size)
+    for start in range(40):
+        tokens, model.length = [start % size], 0
+        passes = speculate(model, choice, tokens, 4, 2, length, count + 1, statistics, clock=lambda: model.now)
+        for _ in passes:
+            assert model.length == len(tokens) - 1
+        where = torch.tensor(tokens[:-1]), torch.tensor(tokens[1:])
+        pairs.index_put_(where, torch.ones(count), accumulate=True)
+    assert pairs.sum() == 20_000
+    assert statistics.rounds > 3000
+    assert 0.3 < statistics.acceptance < 0.95
     wanted = warpers(None, model.logits[4]).softmax(-1) * pairs.sum(1, keepdim=True)
     assert all(chi_square_p(pairs[row], wanted[row]) > 0.001 for row in range(size))
-    drafted = warpers(None, model.logits[2]).softmax(-1) * pairs.sum(1, keepdim=True)
-    assert (pairs[drafted == 0] > 0).any() or chi_square_p(pairs.flatten(), drafted.flatten()) < 1e-6
 
 
 def test_greedy_acceptance_stops_at_the_first_difference() -> None:

@@ -18,27 +18,23 @@ class Choice:
     sample: bool = False
     processors: Processors | None = None
 
-    def scores(self, tokens: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
-        """Return float32 scores `[V]` of what follows `tokens`, for logits `[V]`."""
+    def scores(self, tokens: Sequence[int], rows: torch.Tensor) -> torch.Tensor:
+        """Return float32 scores `[n, V]` for logits `[n, V]`; the last row follows all of `tokens`."""
         if self.processors is None:
-            return logits
-        ids = torch.tensor([list(tokens)], dtype=torch.long, device=logits.device)
-        return self.processors(ids, logits[None])[0]
+            return rows
+        ids = torch.tensor([list(tokens)], dtype=torch.long, device=rows.device)
+        first = len(tokens) - len(rows) + 1
+        return torch.cat([self.processors(ids[:, : first + i], row[None]) for i, row in enumerate(rows)])
 
     def probabilities(self, tokens: Sequence[int], rows: torch.Tensor) -> torch.Tensor:
         """Return probabilities `[n, V]` for logits `[n, V]`; the last row follows all of `tokens`."""
-        first = len(tokens) - len(rows) + 1
-        scores = [self.scores(tokens[: first + i], row) for i, row in enumerate(rows)]
-        return torch.stack(scores).softmax(-1)
+        return self.scores(tokens, rows).softmax(-1)
 
     def likeliest(self, tokens: Sequence[int], rows: torch.Tensor) -> list[int]:
         """Return the best token of every row of logits `[n, V]`; the last row follows all of `tokens`."""
-        if self.processors is not None:
-            first = len(tokens) - len(rows) + 1
-            rows = torch.stack([self.scores(tokens[: first + i], row) for i, row in enumerate(rows)])
-        return rows.argmax(-1).tolist()
+        return self.scores(tokens, rows).argmax(-1).tolist()
 
     def choose(self, tokens: Sequence[int], logits: torch.Tensor) -> int:
         """Return the token that follows `tokens`, for logits `[V]`."""
-        scores = self.scores(tokens, logits)
+        scores = self.scores(tokens, logits[None])[0]
         return int(torch.multinomial(scores.softmax(-1), 1) if self.sample else scores.argmax())

@@ -71,9 +71,9 @@ def _draft(
     drafted: list[int] = []
     sure: list[float] = []
     q: list[torch.Tensor] = []
+    before = list(tokens)
     while len(drafted) < most:
-        before = tokens + drafted
-        scores = choice.scores(before, stepper.forward(before[-1:], precision)[0])
+        scores = choice.scores(before, stepper.forward(before[-1:], precision))[0]
         if choice.sample:
             q.append(scores.softmax(-1))
             drafted.append(int(torch.multinomial(q[-1], 1)))
@@ -82,6 +82,7 @@ def _draft(
             best, token = scores.max(-1)
             drafted.append(int(token))
             sure.append(float((best - scores.logsumexp(-1)).exp()))
+        before.append(drafted[-1])
         # The rule sees the distributions and never the drawn tokens of positions that it decides on.
         if len(drafted) < most and not length.more(sure):
             break

@@ -173,12 +173,12 @@ def plan(
 def _refuse(input_ids: torch.Tensor, config: Any, model_kwargs: dict[str, Any]) -> None:
     """Raise AnybitsError for what drafts and schedules cannot do."""
     mask = model_kwargs.get("attention_mask")
+    if config.num_beams != 1:
+        raise AnybitsError(f"drafts and schedules run one beam, and num_beams is {config.num_beams}")
     if input_ids.shape[0] != 1:
         raise AnybitsError(f"drafts and schedules run one sequence at a time, and the batch has {input_ids.shape[0]}")
     if mask is not None and not bool(mask.all()):
         raise AnybitsError("drafts and schedules need a prompt without padding")
-    if config.num_beams != 1:
-        raise AnybitsError(f"drafts and schedules run one beam, and num_beams is {config.num_beams}")
     if config.output_scores or config.output_logits or config.output_attentions or config.output_hidden_states:
         raise AnybitsError("drafts and schedules return tokens only: leave output_scores and its like out")
     if model_kwargs.get("past_key_values") is None:
