@@ -46,7 +46,7 @@ def test_greedy_drafts_change_no_token_on_200_prompts(
     generator = torch.Generator().manual_seed(1)
     for i in range(200 if draft_tokens else 20):
         prompt = torch.randint(3, 64, (1, 1 + i % 9), generator=generator)
-        settings = {"input_ids": prompt, "max_new_tokens": 9, "do_sample": False, "precision": 4} | NO_END
+        settings = {"input_ids": prompt, "max_new_tokens": 7, "do_sample": False, "precision": 4} | NO_END
         drafts = {"draft_precision": 3, "draft_tokens": draft_tokens, "statistics": statistics}
         assert torch.equal(model.generate(**settings, **drafts), model.generate(**settings))
     assert not draft_tokens or 0.2 < statistics.acceptance < 0.95  # some stand and some fall
@@ -171,12 +171,16 @@ class Chain:
         self.length -= count
 
 
+def top_five(_: object, rows: torch.Tensor) -> torch.Tensor:
+    """Temperature 0.8 and top-k 5; transformers' own list would take most of the test's time."""
+    return (rows / 0.8).masked_fill(rows < rows.topk(5).values[:, -1:], -torch.inf)
+
+
 def test_a_sampled_text_is_distributed_as_plain_decoding() -> None:
     """20 000 tokens of the whole loop with adaptive drafts: pairs of neighbours against the target's chain."""
     torch.manual_seed(5)
     size, count = 6, 500
-    warpers = warped(0.8, 5, 0.97)
-    model, choice, length, statistics = Chain(size), Choice(True, warpers), AdaptiveLength(), Statistics()
+    model, choice, length, statistics = Chain(size), Choice(True, top_five), AdaptiveLength(), Statistics()
     pairs = torch.zeros(size, size)
     for start in range(40):
         tokens, model.length = [start % size], 0
@@ -188,7 +192,7 @@ def test_a_sampled_text_is_distributed_as_plain_decoding() -> None:
     assert pairs.sum() == 20_000
     assert statistics.rounds > 3000
     assert 0.3 < statistics.acceptance < 0.95
-    wanted = warpers(None, model.logits[4]).softmax(-1) * pairs.sum(1, keepdim=True)
+    wanted = top_five(None, model.logits[4]).softmax(-1) * pairs.sum(1, keepdim=True)
     assert all(chi_square_p(pairs[row], wanted[row]) > 0.001 for row in range(size))
 
 

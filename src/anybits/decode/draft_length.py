@@ -88,7 +88,7 @@ class Acceptance:
     def __init__(self) -> None:
         self._kept = [self.PRIOR * (i + 0.5) / (len(self.EDGES) + 1) for i in range(len(self.EDGES) + 1)]
         self._seen = [self.PRIOR] * (len(self.EDGES) + 1)
-        self._all_kept, self._all_seen = 1.4, 2.0
+        self._all_kept, self._all_seen = 8.0, 10.0  # hopeful: `AdaptiveLength.credit` bounds what hope can cost
 
     def saw(self, sure: Sequence[float], kept: int) -> None:
         """Count a round: confidences of its drafts, of which the first `kept` stood and the next one fell."""

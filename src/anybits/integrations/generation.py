@@ -25,7 +25,8 @@ from anybits.precision import precision as scoped
 class Plan:
     """What to do instead of one pass a token at one precision: drafts at `draft`, or a schedule.
 
-    length: how many tokens to draft, kept from call to call as it learns.
+    length: how many tokens to draft, kept from call to call as it learns; streamer: given here because transformers
+    shows it the prompt but does not hand it on.
     """
 
     precision: Precision
@@ -33,6 +34,7 @@ class Plan:
     schedule: Schedule | None = None
     length: DraftLength = field(default_factory=AdaptiveLength)
     statistics: Statistics = field(default_factory=Statistics)
+    streamer: Any = None
 
     def __call__(
         self,
@@ -41,7 +43,6 @@ class Plan:
         logits_processor: Any,
         stopping_criteria: Any,
         generation_config: Any,
-        streamer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
         """Generate as transformers' `custom_generate`: return ids `[1, T]`, or an output object if asked for."""
@@ -54,15 +55,15 @@ class Plan:
         logits = stepper.prefill(input_ids, schedule.prefill())
         first = choice.choose(tokens, logits)
         tokens.append(first)
-        emitted = _Emitted(input_ids, stopping_criteria, streamer)
+        emitted = _Emitted(input_ids, stopping_criteria, self.streamer)
         with row_invariant(model, not choice.sample, processors is not None):
             if not emitted.stops([first]):
                 for new in self._passes(stepper, choice, tokens, logits, emitted.limit):
                     if emitted.stops(new):
                         break
         stepper.shorten(emitted.ids.shape[1] - 1)
-        if streamer is not None:
-            streamer.end()
+        if self.streamer is not None:
+            self.streamer.end()
         if generation_config.return_dict_in_generate:
             return hf.generation_output(emitted.ids, stepper.cache)
         return emitted.ids

@@ -196,6 +196,7 @@ def attach_precision(model: PreTrainedModel, default: ModelPrecision, stored: tu
 
             target = active(default) if precision is None else precision
             passes = plan(stored, lengths, target, draft_precision, draft_tokens, schedule, statistics)
+            passes.streamer = kwargs.get("streamer")
             return type(self).generate(self, *args, custom_generate=passes, **kwargs)
         scope = contextlib.nullcontext() if precision is None else scoped(checked(precision, stored))
         with scope:
