@@ -4,13 +4,30 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint clean
+VLLM_VENV := .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/.installed
+
+.PHONY: demo test test-gpu test-cuda-compile test-cuda-emulation test-vllm lint clean
 
 demo: $(STAMP)
 	$(BIN)/anybits demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# On a machine with an NVIDIA GPU: the whole matrix, graphs, streams, torch.compile.
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -m gpu tests/test_kernels_cuda.py
+
+# Without a GPU: every kernel variant for every architecture (minutes), and the whole matrix on the emulator (minutes).
+test-cuda-compile: $(STAMP)
+	ANYBITS_ALL_VARIANTS=1 $(BIN)/python -m pytest tests/test_cuda_compile.py
+
+test-cuda-emulation: $(STAMP)
+	ANYBITS_ALL_VARIANTS=1 $(BIN)/python -m pytest tests/test_cuda_emulation.py
+
+test-vllm: $(VLLM_STAMP)
+	$(VLLM_VENV)/bin/python -m pytest tests/vllm_plugin
 
 lint: $(STAMP)
 	$(BIN)/ruff check src tests scripts benchmarks
@@ -26,5 +43,14 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $(STAMP)
 
+# An environment of its own: vLLM's pins are not ours. constraints-vllm.txt lists every package, so that pip resolves
+# nothing: it would add codecs of images and audio that text models never load.
+$(VLLM_STAMP): pyproject.toml constraints-vllm.txt
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --constraint constraints-vllm.txt torch
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --requirement constraints-vllm.txt
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $(VLLM_STAMP)
+
 clean:
-	rm -rf $(VENV) demo-out build dist
+	rm -rf $(VENV) $(VLLM_VENV) demo-out build dist

@@ -13,10 +13,12 @@ import transformers
 import anybits
 from anybits.errors import AnybitsError
 from anybits.integrations import transformers as hf
+from anybits.linear import PlaneLinear
+from anybits.precision import active, per_row, precision
 from anybits.serve.engine import Engine, Limits
 from anybits.serve.kv import BLOCK
 from anybits.serve.sampling import Sampling
-from anybits.serve.sequence import Fixed, Sequence
+from anybits.serve.sequence import Chunk, Fixed, Sequence, Token
 from conftest import save_tiny
 
 Request = tuple[list[int], int, int]
@@ -54,6 +56,12 @@ def requests(count: int, seed: int = 0) -> list[Request]:
 
 def run(engine: Engine, wanted: list[Request], a_step: int, sampling: Sampling | None = None) -> list[list[int]]:
     """Add `a_step` requests before every step, and return what each wrote."""
+    return [s.tokens[len(s.prompt) :] for s in run_sequences(engine, wanted, a_step, sampling)]
+
+
+def run_sequences(
+    engine: Engine, wanted: list[Request], a_step: int, sampling: Sampling | None = None
+) -> list[Sequence]:
     sequences = [Sequence(p, n, Fixed(precision), sampling or Sampling()) for p, precision, n in wanted]
     coming = list(sequences)
     while coming or not engine.idle:
@@ -62,7 +70,7 @@ def run(engine: Engine, wanted: list[Request], a_step: int, sampling: Sampling |
         del coming[:a_step]
         engine.step()
     assert engine.scheduler.pool.used == 0
-    return [s.tokens[len(s.prompt) :] for s in sequences]
+    return sequences
 
 
 def generated(model: transformers.PreTrainedModel, request: Request) -> list[int]:
@@ -82,6 +90,37 @@ def test_a_request_in_a_mix_writes_what_it_writes_alone(name: str, tmp_path: Pat
     assert mixed == alone
     model = load(folder)
     assert alone == [generated(model, request) for request in wanted]
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "opt"])
+def test_logits_are_the_same_numbers_in_every_mix(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything but the planes' products, which run row by row here: kernels have tests of their own."""
+    plain = PlaneLinear.forward
+
+    def row_by_row(layer: PlaneLinear, x: torch.Tensor) -> torch.Tensor:
+        rows, wanted = x.reshape(-1, x.shape[-1]), per_row(active(layer.default), x.shape[:-1])
+        done = []
+        for row, p in zip(rows, [wanted] * len(rows) if isinstance(wanted, int) else wanted.tolist(), strict=True):
+            with precision(p):
+                done.append(plain(layer, row[None]))
+        return torch.cat(done).view(*x.shape[:-1], layer.out_features)
+
+    monkeypatch.setattr(PlaneLinear, "forward", row_by_row)
+    engine = Engine(load(quantized(tmp_path, name)), Limits(max_batch=9, max_rows=40))
+    seen: dict[Sequence, list[torch.Tensor]] = {}
+    advance = engine.advance
+
+    def recording(chunks: list[Chunk], logits: torch.Tensor) -> list[Token]:
+        for row, chunk in zip(logits, [c for c in chunks if c.complete], strict=True):
+            seen.setdefault(chunk.sequence, []).append(row.clone())
+        return advance(chunks, logits)
+
+    monkeypatch.setattr(engine, "advance", recording)
+    wanted = requests(14, seed=4)
+    mixed = run_sequences(engine, wanted, 2)
+    alone = [run_sequences(engine, [request], 1)[0] for request in wanted]
+    for one, other in zip(mixed, alone, strict=True):
+        assert torch.equal(torch.stack(seen[one]), torch.stack(seen[other]))
 
 
 def test_a_request_that_gives_way_writes_the_same(llama: transformers.PreTrainedModel) -> None:
@@ -123,6 +162,44 @@ def test_cancelling_frees_slot_and_blocks_at_once(llama: transformers.PreTrained
     assert [t.sequence for t in engine.step()] == [waiting]
     engine.cancel(waiting)
     assert engine.idle
+
+
+def test_a_request_that_breaks_a_step_fails_alone(
+    llama: transformers.PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = requests(9, seed=3)
+    alone = [run(Engine(llama), [request], 1)[0] for request in wanted]
+    engine = Engine(llama)
+    sequences = [Sequence(p, n, Fixed(precision)) for p, precision, n in wanted]
+    at_prompt, while_decoding, when_sampling = sequences[1], sequences[4], sequences[7]
+    forward, sampler = engine.forward, when_sampling.sampler
+
+    def broken_forward(chunks: list[Chunk]) -> torch.Tensor:
+        inside = {c.sequence: c.start for c in chunks}
+        if at_prompt in inside or inside.get(while_decoding, 0) == len(while_decoding.prompt) + 2:
+            raise RuntimeError("injected")
+        return forward(chunks)
+
+    def broken_choice(*_: object) -> None:
+        raise RuntimeError("injected")
+
+    monkeypatch.setattr(engine, "forward", broken_forward)
+    monkeypatch.setattr(type(sampler), "plain", property(lambda self: self is not sampler))
+    monkeypatch.setattr(sampler, "choose", broken_choice)
+    failed: list[Sequence] = []
+    for sequence in sequences:
+        engine.add(sequence)
+    while not engine.idle:
+        engine.step()
+        failed += engine.failed
+        assert engine.scheduler.pool.used == sum(len(s.blocks) for s in engine.scheduler.running)
+    assert engine.scheduler.pool.used == 0
+    assert sorted(map(id, failed)) == sorted(map(id, (at_prompt, while_decoding, when_sampling)))
+    assert {s.finish for s in failed} == {"error"}
+    for sequence, expected in zip(sequences, alone, strict=True):
+        written = sequence.tokens[len(sequence.prompt) :]
+        assert written == (expected if sequence not in failed else expected[: len(written)])
+    assert while_decoding.generated == 3
 
 
 def test_prompt_rows_may_run_at_a_precision_of_their_own(llama: transformers.PreTrainedModel) -> None:

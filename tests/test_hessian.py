@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 
 from anybits import AnybitsError, Recipe
 from anybits.config import DataAware
+from anybits.integrations import swapping
 from anybits.integrations.quantizing import quantize_model
 from anybits.quantize import anybcq, anyprecision, layerwise, refit
 from anybits.quantize.blocks import BlockRunner, capture
 from anybits.quantize.data_aware import improve
 from anybits.quantize.hessian import Moments, collect, layout, problem, stages
-from anybits.quantize.nested_codes import BATCH, Search, choose, descent_pass, feedback_pass
+from anybits.quantize.nested_codes import BATCH, Chooser, Search, descent_pass, feedback_pass
 from anybits.quantize.targets import find_blocks, find_targets
 from anybits.weight import PlaneWeight
 from conftest import tiny_model
@@ -54,10 +55,13 @@ def test_the_chosen_code_is_the_best_of_all(precisions: tuple[int, ...]) -> None
     tables = nested_tables(precisions, 1, 40)[0]
     targets, weights = rand(len(precisions), 40, seed=5), rand(len(precisions), 40, seed=6).square()
     costs = code_costs(tables, targets, weights, precisions)
-    assert torch.equal(choose(tables, targets, weights, Search(precisions, exhaustive=WIDE)), costs.argmin(0))
+    codes, levels = Chooser(tables, Search(precisions, exhaustive=WIDE))(targets, weights)
+    assert torch.equal(codes, costs.argmin(0))
+    for i, p in enumerate(precisions):
+        assert torch.equal(levels[i], tables[i].gather(0, (codes >> (precisions[-1] - p))[None])[0])
     # A beam may miss the best code, and still must do better than rounding one plane after another.
-    beam = choose(tables, targets, weights, Search(precisions, exhaustive=4, beam=4))
-    greedy = choose(tables, targets, weights, Search(precisions, exhaustive=1, beam=1))
+    beam, _ = Chooser(tables, Search(precisions, exhaustive=2, beam=4))(targets, weights)
+    greedy, _ = Chooser(tables, Search(precisions, exhaustive=1, beam=1))(targets, weights)
     assert costs.gather(0, beam[None]).sum() <= costs.gather(0, greedy[None]).sum() + 1e-12
 
 
@@ -322,9 +326,8 @@ def test_moments_are_those_of_the_inputs_on_both_paths() -> None:
 
 def test_fused_experts_keep_their_codes_and_say_so(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_model("qwen3-moe")
-    from anybits.integrations import transformers as hf
 
-    hf.run_experts_eagerly(model)
+    swapping.run_experts_eagerly(model)
     layerwise._announced.clear()
     _, blocks = find_blocks(model)
     inputs = capture(model, blocks, [torch.randint(3, 60, (2, 16))])

@@ -271,6 +271,7 @@ def test_a_schedule_changes_precision_at_every_token(model: transformers.PreTrai
 BAD = {
     "is not stored: choose one of 2, 3, 4": {"draft_precision": 8},
     "is the precision itself": {"precision": 3, "draft_precision": 3},
+    "names its precisions itself": {"precision": 4, "schedule": "split:4,2"},
     "contradict each other": {"draft_precision": 2, "schedule": "split:4,2"},
     "needs a draft_precision": {"draft_tokens": 2},
     "must be 1 to 6": {"draft_precision": 2, "draft_tokens": 7},

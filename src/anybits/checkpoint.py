@@ -6,9 +6,12 @@ its name; reading at `max_precision` p touches only the bytes of the first p pla
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
 import struct
+import threading
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -22,6 +25,7 @@ from safetensors.torch import save_file
 from anybits.bits import words
 from anybits.config import StoredConfig
 from anybits.errors import AnybitsError
+from anybits.mapped import MappedFile, Pages
 from anybits.weight import PlaneWeight, from_tensors, group_count
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -67,16 +71,25 @@ class CheckpointWriter:
 
     def has_shard(self, name: str) -> bool:
         """Return whether shard `name` was finished, by this run or one before."""
-        return (self.folder / _shard_file(name)).exists()
+        return self.path(name).exists()
+
+    def path(self, name: str) -> Path:
+        """Return the file of shard `name`."""
+        return self.folder / _shard_file(name)
 
     def write_shard(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Write one shard of named tensors: the same tensors always give the same bytes."""
+        """Write one shard of named tensors: the same tensors always give the same bytes.
+
+        Raises OSError when the disk is full, AnybitsError when the tensors cannot be written otherwise.
+        """
         plain = {key: t.detach().cpu().contiguous() for key, t in sorted(tensors.items())}
         final = self.folder / _shard_file(name)
         partial = final.with_suffix(".partial")
         try:
             save_file(plain, partial, metadata=metadata(plain))
         except SafetensorError as error:
+            if f"os error {errno.ENOSPC}" in str(error):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(final)) from None
             raise AnybitsError(f"{final} cannot be written: {error}; repeat the command to resume") from None
         with partial.open("r+b") as file:
             _order_metadata(file)
@@ -114,8 +127,13 @@ def _shard_file(name: str) -> str:
 
 def write_json(path: Path, value: object) -> None:
     """Write `value` as indented JSON, complete or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text`, complete or not at all."""
     partial = path.with_suffix(path.suffix + ".partial")
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     partial.rename(path)
 
 
@@ -132,6 +150,12 @@ def read_stored_config(folder: Path) -> StoredConfig:
     if not isinstance(stored, dict):
         raise AnybitsError(f"{folder} is not quantized: its config.json has no quantization_config")
     return StoredConfig.from_dict(stored)
+
+
+def update_stored_config(folder: Path, stored: StoredConfig) -> None:
+    """Replace the `quantization_config` in a folder's config.json, complete or not at all."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    write_json(folder / "config.json", config | {"quantization_config": stored.to_dict()})
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
@@ -163,14 +187,17 @@ class Entry:
 class CheckpointReader:
     """Reads PlaneWeights from a checkpoint's files; every header is checked before any tensor is read.
 
-    `bytes_read` counts the bytes of tensor data read so far.
+    Tensors are views of the mapped files, compared with their checksums once and then left to the page cache.
+    `bytes_read` counts the bytes of tensor data read so far. Threads may read at once.
     """
 
     def __init__(self, files: Iterable[Path], stored: StoredConfig) -> None:
         """Read all headers; raise AnybitsError for a file that is missing, truncated or not safetensors."""
         self.stored = stored
         self.bytes_read = 0
+        self._lock = threading.Lock()
         self._entries: dict[str, Entry] = {}
+        self._maps: dict[Path, MappedFile] = {}
         for file in files:
             self._entries.update(_read_header(Path(file)))
 
@@ -191,6 +218,11 @@ class CheckpointReader:
         entry = self._entries[name]
         return entry.dtype.itemsize * _numel(entry.shape)
 
+    def fingerprint(self) -> str:
+        """Return a hash of the names, shapes and checksums of all stored tensors."""
+        facts = [[name, list(entry.shape), list(entry.crc32)] for name, entry in sorted(self._entries.items())]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of one stored tensor."""
         return self._entries[name].shape
@@ -203,9 +235,9 @@ class CheckpointReader:
         """Return whether a tensor called `name` is stored."""
         return name in self._entries
 
-    def read_tensor(self, name: str) -> torch.Tensor:
-        """Return one stored tensor whole, compared with its checksums where there are any."""
-        return self._read(name)
+    def read_tensor(self, name: str, first: int | None = None) -> torch.Tensor:
+        """Return one stored tensor, or the `first` leading entries of planes, compared with its checksums."""
+        return self._read(name, first)
 
     def verify_unquantized(self) -> None:
         """Compare all tensors outside of plane modules with their checksums: another loader reads those."""
@@ -256,18 +288,30 @@ class CheckpointReader:
         entry = self._entries[name]
         shape = entry.shape if first is None else (first, *entry.shape[1:])
         count = entry.dtype.itemsize * _numel(shape)
-        tensor = torch.empty(shape, dtype=entry.dtype, device="cpu")
-        with entry.file.open("rb") as file:
-            file.seek(entry.start)
-            if count:
-                got = file.readinto(_buffer(tensor))
-                if got != count:
-                    raise AnybitsError(f"{entry.file} is truncated: {name} ends after {got} of {count} bytes")
-        self.bytes_read += count
+        mapped = self._mapped(entry.file)
+        if entry.start + count > len(mapped):
+            got = max(0, len(mapped) - entry.start)
+            raise AnybitsError(f"{entry.file} is truncated: {name} ends after {got} of {count} bytes")
+        tensor = mapped.tensor(entry.start, shape, entry.dtype)
+        with self._lock:
+            self.bytes_read += count
         parts = tensor if _is_planes(name) else tensor[None]
         if entry.crc32 and [_crc32(part) for part in parts] != list(entry.crc32[: len(parts)]):
             raise AnybitsError(f"{entry.file} is corrupted: the bytes of {name} do not match their checksum")
+        mapped.give_back(entry.start, count)
         return tensor
+
+    def _mapped(self, file: Path) -> MappedFile:
+        with self._lock:
+            if file not in self._maps:
+                self._maps[file] = MappedFile(file)
+            return self._maps[file]
+
+    def pages(self, module: str) -> Pages:
+        """Return where the tensors of `module` lie, to let go of them once somebody has a copy."""
+        names = [f"{module}.{name}" for name in ("planes", *self._level_names(self.stored.precisions))]
+        entries = [(name, self._entries[name]) for name in names if name in self._entries]
+        return Pages(tuple((self._mapped(e.file), e.start, self.stored_bytes(name)) for name, e in entries))
 
 
 def _numel(shape: tuple[int, ...]) -> int:

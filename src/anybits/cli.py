@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from anybits.config import Single
 from anybits.errors import AnybitsError
 
 app = typer.Typer(
@@ -79,40 +80,30 @@ def quantize(
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(help="Text to continue.", show_default=False)],
-    precision: Annotated[int | None, typer.Option(help="Bits to run at. Default: the highest stored.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="Bits to run at, or a profile such as 2.5. Default: the highest stored.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy; higher is more random.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     draft_precision: Annotated[
-        int | None, typer.Option(help="Draft at these bits, verify at --precision: the same text, sooner.")
+        str | None, typer.Option(help="Draft at these bits, verify at --precision: the same text, sooner.")
     ] = None,
-    draft_tokens: Annotated[
-        int | None, typer.Option(help="Tokens of a draft. Default: as many as pay, by measured times.")
-    ] = None,
-    schedule: Annotated[
-        str | None, typer.Option(help="Bits that change: split:8,4 or length:4,3@64 or entropy:2,4@1.5.")
-    ] = None,
+    draft_tokens: Annotated[int | None, typer.Option(help="Tokens of a draft. Default: as many as pay.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="Bits that change: split:8,4, length:4,3@64, …")] = None,
 ) -> None:
     """Continue a prompt at one precision; only the planes of that precision are read from disk.
 
     Example: `anybits generate llama-any --precision 4 --draft-precision 2 --prompt "def fib(n):"`
     """
     from anybits import terminal
-    from anybits.decode.schedule import parse_schedule
     from anybits.decode.statistics import Statistics
     from anybits.integrations import transformers as hf
 
-    statistics = Statistics()
-    passes: dict[str, Any] = {"draft_precision": draft_precision, "draft_tokens": draft_tokens}
-    if schedule is not None:
-        if precision is not None:
-            raise AnybitsError("a schedule names its precisions itself: leave --precision out")
-        passes["schedule"] = parse_schedule(schedule)
-    loaded = hf.load_model(model, max_precision=precision)
-    tokenizer = hf.load_tokenizer(model)
-    hf.generate_text(
-        loaded, tokenizer, prompt, max_new_tokens, temperature, seed, stream=True, statistics=statistics, **passes
-    )
+    loaded, tokenizer = hf.load_model(model, max_precision=precision), hf.load_tokenizer(model)
+    passes: dict[str, Any] = {"draft_precision": draft_precision, "draft_tokens": draft_tokens, "schedule": schedule}
+    passes |= {"precision": precision, "statistics": (statistics := Statistics())}
+    hf.generate_text(loaded, tokenizer, prompt, max_new_tokens, temperature, seed, stream=True, **passes)
     if statistics.tokens:
         typer.echo(terminal.decoding_line(statistics), err=True)
 
@@ -126,7 +117,9 @@ def evaluate(
     tasks: Annotated[str | None, typer.Option(help="lm-eval tasks instead of a text: TASK[,TASK].")] = None,
     include_path: Annotated[Path | None, typer.Option(help="Folder with lm-eval task files of your own.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Documents of each lm-eval task.")] = None,
-    precisions: Annotated[str | None, typer.Option(help="Precisions, as 2,3,4 or 2-4. Default: all stored.")] = None,
+    precisions: Annotated[
+        str | None, typer.Option(help="Precisions and profiles, as 2,2.5,3 or 2-4. Default: all stored.")
+    ] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens of a window; windows do not overlap.")] = 512,
     max_tokens: Annotated[int | None, typer.Option(help="Use only this many tokens of the text.")] = None,
     reference: Annotated[
@@ -140,11 +133,11 @@ def evaluate(
     Example: `anybits eval llama-any --precisions 2,3,4 --text corpus.txt --json r.json --plot r.png`
     """
     from anybits import checkpoint, terminal
-    from anybits.config import parse_precisions
+    from anybits.config import parse_singles
     from anybits.evaluate import evaluation, report
     from anybits.integrations import transformers as hf
 
-    chosen = hf.stored_config(model).precisions if precisions is None else parse_precisions(precisions)
+    chosen = hf.stored_config(model).singles if precisions is None else parse_singles(precisions)
     if (text is None) == (tasks is None):
         raise AnybitsError("eval needs one thing to measure: --text FILE or --tasks TASK[,TASK]")
     if tasks is not None:
@@ -161,7 +154,12 @@ def evaluate(
 
 
 def _run_tasks(
-    model: str, tasks: str, precisions: tuple[int, ...], include_path: Path | None, limit: int | None, out: Path | None
+    model: str,
+    tasks: str,
+    precisions: tuple[Single, ...],
+    include_path: Path | None,
+    limit: int | None,
+    out: Path | None,
 ) -> None:
     from anybits import checkpoint, terminal
     from anybits.integrations import lm_eval
@@ -213,6 +211,38 @@ def report(
     console.print(f"wrote {out / 'report.html'} and {out / 'report.md'}", highlight=False)
 
 
+@app.command(rich_help_panel="Main")
+def profile(
+    model: Model,
+    text: Annotated[str, typer.Option(help="Calibration text file or dataset; keep it apart from evaluation text.")],
+    budgets: Annotated[
+        str | None, typer.Option(help="Bits, as 2.25,2.5 or NAME=2.3. Default: every quarter of a bit.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 16,
+    seq_len: Annotated[int, typer.Option(help="Tokens of a calibration sequence.")] = 512,
+    generations: Annotated[int, typer.Option(help="Generations of the search; 0 takes the estimate as it is.")] = 12,
+    seed: Annotated[int, typer.Option(help="Seed of all that is random: the same seed finds the same.")] = 0,
+    reference: Annotated[
+        str | None, typer.Option(help="Float model to stay close to. Default: the highest stored precision.")
+    ] = None,
+) -> None:
+    """Give every matrix a precision of its own, so that MODEL also runs at 2.5 bits; stored in the checkpoint.
+
+    What was measured is kept beside the model: an interrupted run goes on where it stopped, and another budget
+    costs only its search.
+
+    Example: `anybits profile llama-any --text corpus.txt --budgets 2.25,2.5,2.75`
+    """
+    from anybits import terminal
+    from anybits.evaluate import profiling
+    from anybits.quantize.profile_search import Search
+
+    settings = profiling.Settings(samples, seq_len, seed, Search(generations=generations))
+    wanted = None if budgets is None else profiling.parse_budgets(budgets)
+    with terminal.profiling_progress(console) as progress:
+        profiling.profile_model(model, text, wanted, settings, reference, progress)
+
+
 @app.command("import", rich_help_panel="Interoperate")
 def import_(
     source: Annotated[str, typer.Argument(help="Folder that Any-Precision's or AnyBCQ's own code wrote.")],
@@ -234,7 +264,7 @@ def import_(
 def export(
     model: Model,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write the dense model to.")],
-    precision: Annotated[int, typer.Option(help="The precision to write, in bits.", show_default=False)],
+    precision: Annotated[str, typer.Option(help="The precision or profile to write.", show_default=False)],
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
 ) -> None:
     """Write one precision as an ordinary dense model, for tools that do not know anybits.
@@ -256,6 +286,7 @@ def bench(
     rows: Annotated[str, typer.Option(help="Rows of activations, comma-separated.")] = "1",
     methods: Annotated[str, typer.Option(help="Levels to time, comma-separated.")] = "anybcq,any-precision",
     rounds: Annotated[int, typer.Option(help="Times that everything is measured in turn; medians are shown.")] = 5,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     json_: Annotated[Path | None, typer.Option("--json", help="Write one JSON object a line.")] = None,
 ) -> None:
     """Time the kernels: beside torch's bf16 product and the read bandwidth of the same run, correctness first.
@@ -263,10 +294,10 @@ def bench(
     Example: `anybits bench --shapes llama-3.1-8b --precisions 2,3,4`
     """
     from anybits import terminal
-    from anybits.evaluate.kernels import bench_kernels
+    from anybits.evaluate.kernels import bench_on
 
     counts = terminal.whole_numbers(rows, "rows")
-    timings = bench_kernels(shapes, precisions, counts, methods.split(","), rounds=rounds, json_file=json_)
+    timings = bench_on(device)(shapes, precisions, counts, methods.split(","), rounds=rounds, json_file=json_)
     for timing in timings:
         console.print(terminal.timing_line(timing), highlight=False, soft_wrap=True)
 
@@ -278,7 +309,7 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
     name: Annotated[str | None, typer.Option(help="Name of the model in requests. Default: the folder's.")] = None,
     precision: Annotated[
-        str | None, typer.Option(help="Bits of requests that name none, or auto. Default: the highest stored.")
+        str | None, typer.Option(help="Bits or profile of requests that name none, or auto. Default: highest.")
     ] = None,
     api_key: Annotated[
         str | None, typer.Option(envvar="ANYBITS_API_KEY", help="Key that clients must send.", show_envvar=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -17,6 +18,55 @@ PRESETS = ("fast", "default", "best")
 MIN_PRECISION, MAX_PRECISION = 2, 8
 GROUP_WORD = 32
 WHOLE_ROW = -1
+
+Single = int | str
+"""One precision: a number of planes, or the name of a profile, which gives every matrix its own number."""
+
+_NUMBER = re.compile(r"\d+(\.\d*)?", re.ASCII)
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,31}")
+
+
+def parse_precision(value: object) -> Single:
+    """Return a precision in its one form: 3 for 3, 3.0 and "3"; "2.5" for 2.5, "2.5" and "2.50"; other text as it is.
+
+    Raises AnybitsError for what can be neither a number of planes nor the name of a profile.
+    """
+    if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
+        value = float(value)
+    if isinstance(value, float) and 0 <= value < 1e6:
+        return int(value) if value == int(value) else repr(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, str) and _NAME.fullmatch(value):
+        return value
+    raise AnybitsError(f"precision {value!r} cannot be read: give a number of bits, or the name of a stored profile")
+
+
+def precision_order(value: Single) -> tuple[float, str]:
+    """Return the key that sorts precisions: numbers and numeric names by their value, then other names."""
+    text = str(value)
+    return (float(text), "") if _NUMBER.fullmatch(text) else (float("inf"), text)
+
+
+def parse_singles(text: str) -> tuple[Single, ...]:
+    """Read "2-4", "2,2.5,3" or "2,small" as precisions in ascending order, names after numbers."""
+    found: set[Single] = set()
+    for part in text.split(","):
+        if re.fullmatch(r"\s*\d+\s*-\s*\d+\s*", part):
+            found.update(parse_precisions(part))
+        else:
+            found.add(parse_precision(part.strip()))
+    return tuple(sorted(found, key=precision_order))
+
+
+def check_profile_name(name: object) -> None:
+    """Raise AnybitsError unless `name` can name a profile: a number that is not whole, or a short identifier."""
+    kept = isinstance(name, str) and name != "auto" and (_NUMBER.fullmatch(name) or _NAME.fullmatch(name))
+    if not kept or parse_precision(name) != name:
+        raise AnybitsError(
+            f"profile name {name!r} does not fit: give a number such as 2.5 that is not whole, or a letter followed "
+            "by up to 31 letters, digits, points, dashes and underscores, but not auto"
+        )
 
 
 def parse_precisions(text: str) -> tuple[int, ...]:
@@ -63,7 +113,8 @@ class StoredConfig:
     """`quantization_config` of a checkpoint's config.json: all that a reader needs, and how it was made.
 
     targets: patterns of the quantized modules' names, `*` standing for anything but a dot;
-    group_size and symmetric are None for any-precision; recipe: settings and calibration, for people.
+    group_size and symmetric are None for any-precision; recipe: settings and calibration, for people;
+    profiles: name -> quantized module -> the precision at which it runs under that name, in `precision_order`.
     """
 
     method: str
@@ -73,6 +124,7 @@ class StoredConfig:
     symmetric: bool | None = None
     format_version: int = FORMAT_VERSION
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    profiles: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raise AnybitsError naming the first field that cannot be right."""
@@ -89,6 +141,51 @@ class StoredConfig:
             check_group_size(self.group_size)
         elif self.group_size is not None:
             raise AnybitsError(f"method any-precision has one codebook a row and no group size, got {self.group_size}")
+        self._check_profiles()
+        ordered = sorted(self.profiles, key=precision_order)
+        object.__setattr__(self, "profiles", {name: dict(self.profiles[name]) for name in ordered})
+
+    def _check_profiles(self) -> None:
+        if not isinstance(self.profiles, Mapping):
+            raise AnybitsError("profiles in the checkpoint's quantization_config must be an object")
+        for name, modules in self.profiles.items():
+            check_profile_name(name)
+            if not isinstance(modules, Mapping) or not modules:
+                raise AnybitsError(f"profile {name} must be an object of module names and precisions, and not empty")
+            for module, precision in modules.items():
+                if isinstance(precision, bool) or precision not in self.precisions:
+                    raise AnybitsError(
+                        f"profile {name} gives {module} the precision {precision!r}: choose one of "
+                        f"{', '.join(map(str, self.precisions))}"
+                    )
+
+    @property
+    def singles(self) -> tuple[Single, ...]:
+        """All that a request may name: stored precisions and profiles, ascending."""
+        return tuple(sorted((*self.precisions, *self.profiles), key=precision_order))
+
+    def check_single(self, value: object) -> Single:
+        """Return `value` in its one form, or raise AnybitsError unless it is a stored precision or profile."""
+        return check_single(value, self.singles)
+
+    def planes_of(self, value: object) -> int:
+        """Return the highest precision of any module at `value`: the planes that must be loaded for it."""
+        single = self.check_single(value)
+        return single if isinstance(single, int) else max(self.profiles[single].values())
+
+    def profiles_of(self, module: str) -> dict[str, int]:
+        """Return profile -> the precision of `module` under it."""
+        return {name: modules[module] for name, modules in self.profiles.items()}
+
+    def check_modules(self, modules: Iterable[str]) -> None:
+        """Raise AnybitsError unless every profile names exactly the quantized `modules`."""
+        wanted = set(modules)
+        for name, found in self.profiles.items():
+            wrong = sorted(wanted ^ set(found))
+            if wrong:
+                what = "lacks" if wrong[0] in wanted else "names"
+                why = "every quantized module needs a precision" if what == "lacks" else "it is no quantized module"
+                raise AnybitsError(f"profile {name} {what} {wrong[0]}: {why}")
 
     def is_target(self, name: str) -> bool:
         """Return whether the module called `name` is quantized."""
@@ -105,12 +202,15 @@ class StoredConfig:
             raise AnybitsError(
                 f"precision {max_precision} is not stored: choose one of {', '.join(map(str, self.precisions))}"
             )
-        return replace(self, precisions=tuple(p for p in self.precisions if p <= max_precision))
+        kept = {name: each for name, each in self.profiles.items() if max(each.values()) <= max_precision}
+        return replace(self, precisions=tuple(p for p in self.precisions if p <= max_precision), profiles=kept)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON object that stands in config.json."""
         plain = asdict(self)
         plain["precisions"], plain["targets"] = list(self.precisions), list(self.targets)
+        if not self.profiles:  # so that a checkpoint without any is read by every anybits of this format version
+            del plain["profiles"]
         return {"quant_method": QUANT_METHOD} | plain
 
     @classmethod
@@ -137,6 +237,14 @@ class StoredConfig:
         return cls(**{k: v for k, v in values.items() if k in {f.name for f in fields(cls)}})
 
 
+def check_single(value: object, allowed: tuple[Single, ...]) -> Single:
+    """Return `value` in its one form, or raise AnybitsError unless it is one of `allowed`."""
+    single = parse_precision(value)
+    if single not in allowed:
+        raise AnybitsError(f"precision {single} is not stored: choose one of {', '.join(map(str, allowed))}")
+    return single
+
+
 COLUMN_ORDERS = ("given", "energy")
 
 
@@ -150,7 +258,8 @@ class DataAware:
     a layer's target that makes up for the layers before it; damping: added to the Hessian's diagonal, relative
     to its mean; column_order: given or energy; precision_weights: what each precision's relative error counts
     (empty: the lowest 2, others 1); balance: 1 weighs relative errors, 0 absolute ones; sequential: layers see their
-    predecessors in the block quantized; exhaustive, beam: of the search (nested_codes.Search).
+    predecessors in the block quantized; own_inputs: the highest precision fitted to the inputs of the model quantized at it
+    so far, those above being fitted to the float model's; exhaustive, beam: of the search (nested_codes.Search).
     """
 
     feedback: bool = True
@@ -163,13 +272,14 @@ class DataAware:
     precision_weights: tuple[float, ...] = ()
     balance: float = 1.0
     sequential: bool = True
+    own_inputs: int = 3
     exhaustive: int = 32
     beam: int = 6
 
     def __post_init__(self) -> None:
         """Raise AnybitsError naming the first setting that is out of range."""
         _one_of("column_order", self.column_order, COLUMN_ORDERS)
-        for name in ("descents", "refit_sweeps", "codebook_iterations", "exhaustive", "beam"):
+        for name in ("descents", "refit_sweeps", "codebook_iterations", "own_inputs", "exhaustive", "beam"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < (1 if name in ("exhaustive", "beam") else 0):
                 raise AnybitsError(f"{name} is {value}: it must be a whole number and not negative")
@@ -229,6 +339,10 @@ class Recipe:
     def uses_hessian(self) -> bool:
         """Whether codes and levels follow the layers' inputs."""
         return self.needs_text and self.data_aware is not None
+
+    def has_own_path(self, precision: int) -> bool:
+        """Whether fitting `precision` needs the activations of the model quantized at it."""
+        return self.reconstructs or (self.data_aware is not None and precision <= self.data_aware.own_inputs)
 
     @property
     def reconstructs(self) -> bool:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import torch
 from torch import nn
 
+from anybits.config import Single, check_single, precision_order
 from anybits.errors import AnybitsError
 from anybits.kernels import backend as kernels
 from anybits.kernels import cpu as _cpu  # noqa: F401  (registers the backend)
 from anybits.kernels import reference as _reference  # noqa: F401  (registers the backend)
-from anybits.precision import ModelPrecision, active, per_row
+from anybits.kernels.cuda import backend as _cuda  # noqa: F401  (registers the backend)
+from anybits.mapped import Pages
+from anybits.precision import FIRST_PROFILE, ModelPrecision, Precision, active, per_row
 from anybits.weight import PlaneWeight, check_precision, from_tensors
 
 
@@ -37,10 +40,46 @@ class PlaneModule(nn.Module):
         self.weight = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
         self.level_names: tuple[str, ...] = ()
         self.stored_precisions: tuple[int, ...] = ()
+        self.profiles: Mapping[str, int] = {}
+        """Profile -> the precision of this module under it, in the order of `default.profiles`."""
         self._plane_weight: PlaneWeight | None = None
+        self._pages: Pages | None = None
+        self._table: torch.Tensor | None = None
 
-    def set_plane_weight(self, weight: PlaneWeight) -> None:
-        """Take `weight` over; its tensors become this module's parameters without a copy."""
+    def own_precision(self, wanted: Precision) -> int | torch.Tensor:
+        """Return what `wanted` means here: an int, or an int32 tensor with the precision of each code in `wanted`.
+
+        Raises AnybitsError for profiles that are not stored.
+        """
+        if isinstance(wanted, str):
+            if wanted not in self.profiles:
+                check_single(wanted, tuple(sorted((*self.stored_precisions, *self.profiles), key=precision_order)))
+            return self.profiles[wanted]
+        if isinstance(wanted, int) or not self.profiles:
+            return wanted
+        if self._table is None or self._table.device != wanted.device:
+            codes = [*range(FIRST_PROFILE), *self.profiles.values()]
+            self._table = torch.tensor(codes, dtype=torch.int32, device=wanted.device)
+        try:
+            return self._table.index_select(0, wanted.reshape(-1))
+        except IndexError:
+            most = FIRST_PROFILE + len(self.profiles) - 1
+            raise AnybitsError(
+                f"codes of precisions must be stored precisions or {FIRST_PROFILE} to {most} for profiles"
+            ) from None
+
+    def weight_bytes(self, single: Single) -> int:
+        """Return the bytes of planes and levels read at a precision or profile."""
+        own = self.own_precision(single)
+        assert isinstance(own, int)
+        return self.plane_weight.weight_bytes(own)
+
+    def set_plane_weight(self, weight: PlaneWeight, pages: Pages | None = None) -> None:
+        """Take `weight` over; its tensors become this module's parameters without a copy.
+
+        pages: where `weight` lies when it is mapped from a file. Once a backend has its own copy their memory is let
+        go; the parameters stay as they are and are read from the file when somebody looks at them.
+        """
         if (weight.out_features, weight.in_features) != (self.out_features, self.in_features):
             raise AnybitsError(
                 f"the weight is {weight.out_features} x {weight.in_features} where the layer is "
@@ -54,6 +93,7 @@ class PlaneModule(nn.Module):
         self.level_names = tuple(tensors)
         self.stored_precisions = weight.precisions
         self._forget()
+        self._pages = pages
 
     @property
     def plane_weight(self) -> PlaneWeight:
@@ -67,7 +107,7 @@ class PlaneModule(nn.Module):
 
     def _forget(self) -> None:
         """Drop all that was derived from the parameters."""
-        self._plane_weight = None
+        self._plane_weight = self._table = None
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """Move with the model, but keep planes and levels in their stored dtypes under `.to(dtype)`."""
@@ -116,7 +156,9 @@ class PlaneLinear(PlaneModule):
         if self._backend is None:
             self._backend = kernels.choose(self.plane_weight, x.device)
             self._prepared = self._backend.prepare(self.plane_weight)
-        wanted = per_row(active(self.default), x.shape[:-1])
+            if self._pages is not None:
+                self._pages.give_back()
+        wanted = per_row(self.own_precision(active(self.default)), x.shape[:-1])
         if isinstance(wanted, int):
             check_precision(wanted, self.stored_precisions)
         y = self._backend.matmul(x.reshape(-1, self.in_features), self._prepared, wanted)
@@ -153,7 +195,7 @@ class PlaneStack(PlaneModule):
 
     def __getitem__(self, expert: int | torch.Tensor) -> torch.Tensor:
         """Return expert `expert` as `[N, K]` in the compute dtype."""
-        wanted = active(self.default)
+        wanted = self.own_precision(active(self.default))
         if not isinstance(wanted, int):
             raise AnybitsError(
                 "fused experts need one precision for the whole batch: rows of one batch reach an expert mixed"

@@ -12,9 +12,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from anybits.config import Single
 from anybits.decode.statistics import Statistics
 from anybits.errors import AnybitsError
 from anybits.evaluate.kernels import KernelTiming
+from anybits.evaluate.profiling import Found
+from anybits.evaluate.profiling import Progress as Profiling
 from anybits.evaluate.report import Evaluation
 from anybits.quantize.pipeline import BlockReport, Progress
 
@@ -85,6 +88,38 @@ def counted(console: Console, label: str) -> Iterator[Callable[[int, int], None]
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+@contextmanager
+def profiling_progress(console: Console) -> Iterator[Profiling]:
+    """Give callbacks that show sensitivities and searches, and a line for each profile found."""
+
+    def found(one: Found) -> None:
+        how = "found before" if one.kept else f"divergence {one.knapsack_loss:.5f} -> {one.loss:.5f}"
+        size = f"{one.weight_bytes:,} of {one.budget_bytes:,} bytes"
+        console.print(f"profile {one.name}: {size}, {how}", highlight=False, soft_wrap=True)
+
+    if console.is_terminal:
+        with _bar(console) as bar:
+            tasks: dict[str, Any] = {}
+
+            def step(label: str, done: int, total: int) -> None:
+                if label not in tasks:
+                    tasks[label] = bar.add_task(label, note="", total=total)
+                bar.update(tasks[label], completed=done)
+
+            yield Profiling(
+                lambda done, total: step("sensitivities", done, total),
+                lambda name, done, total: step(f"searching {name}", done, total),
+                found,
+            )
+        return
+
+    def measured(done: int, total: int) -> None:
+        if done == total or done % max(1, total // 8) == 0:
+            console.print(f"sensitivities: {done}/{total} matrices", highlight=False)
+
+    yield Profiling(measured, found=found)
+
+
 def result_table(evaluation: Evaluation) -> Table:
     """Return the table of an evaluation."""
     table = Table(title=f"{evaluation.model}: {evaluation.text_tokens} tokens in windows of {evaluation.seq_len}")
@@ -101,7 +136,7 @@ def result_table(evaluation: Evaluation) -> Table:
     return table
 
 
-def task_table(model: str, results: dict[int, dict[str, dict[str, Any]]]) -> Table:
+def task_table(model: str, results: dict[Single, dict[str, dict[str, Any]]]) -> Table:
     """Return the table of lm-eval results: a row for each task and metric, a column for each precision."""
     table = Table(title=model)
     table.add_column("task")
@@ -160,4 +195,17 @@ def inspection_tables(facts: dict[str, Any]) -> list[Table]:
         parts.add_column(column, justify="right")
     for name, size in facts["stored_bytes"].items():
         parts.add_row(name, f"{size / 1e6:.2f}")
-    return [head, parts]
+    return [head, *_profile_tables(facts["profiles"]), parts]
+
+
+def _profile_tables(profiles: list[dict[str, Any]]) -> list[Table]:
+    if not profiles:
+        return []
+    table = Table(title="profiles")
+    for column in ("profile", "MB read", "bits/weight", "effective bits", "matrices at each precision"):
+        table.add_column(column, justify="left" if column.startswith("matrices") else "right")
+    for row in profiles:
+        counts = ", ".join(f"{count} at {p}" for p, count in row["matrices"].items())
+        numbers = (f"{row['weight_bytes'] / 1e6:.2f}", f"{row['bits_per_weight']:.3f}", f"{row['effective_bits']:.3f}")
+        table.add_row(row["profile"], *numbers, counts)
+    return [table]

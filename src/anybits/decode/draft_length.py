@@ -21,6 +21,11 @@ def expected_tokens(acceptance: float, drafts: int) -> float:
     return sum(acceptance**i for i in range(drafts + 1))
 
 
+def _typical(seconds: Sequence[float]) -> float:
+    """Return the median; of fewer than three, whose first found cold caches, the least."""
+    return statistics.median(seconds) if len(seconds) > 2 else min(seconds)
+
+
 @dataclass
 class Costs:
     """Seconds of passes as running medians of the last few; guesses stand in for what was not measured yet.
@@ -52,12 +57,12 @@ class Costs:
     def plain(self) -> float | None:
         """Seconds of a plain pass, None before two were seen: the first one warms caches."""
         seen = self._rows.get(1, ())
-        return statistics.median(seen) if len(seen) > 1 else None
+        return _typical(seen) if len(seen) > 1 else None
 
     @property
     def draft(self) -> float:
         """Seconds of a draft pass."""
-        return statistics.median(self._draft) if self._draft else self.draft_guess * (self.plain or 1.0)
+        return _typical(self._draft) if self._draft else self.draft_guess * (self.plain or 1.0)
 
     @property
     def widest(self) -> int:
@@ -68,13 +73,13 @@ class Costs:
         """Seconds of a target pass over `count` rows: measured, or on the line through the nearest measured."""
         known = sorted(self._rows)
         if count in self._rows:
-            return statistics.median(self._rows[count])
+            return _typical(self._rows[count])
         plain = self.plain or 1.0
         if known in ([], [1]):
             return plain * (1 + self.row_guess * (count - 1))
         right = min(max(bisect_right(known, count), 1), len(known) - 1)
         low, high = known[right - 1], known[right]
-        a, b = statistics.median(self._rows[low]), statistics.median(self._rows[high])
+        a, b = _typical(self._rows[low]), _typical(self._rows[high])
         return max(a + (b - a) * (count - low) / (high - low), plain)
 
 

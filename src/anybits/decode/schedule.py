@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 
+from anybits.config import parse_precision
 from anybits.errors import AnybitsError
 from anybits.precision import Precision
 
@@ -127,10 +128,11 @@ def parse_schedule(text: str) -> Schedule:
             if kind == "length":
                 return ByLength(_precision(first), tuple((int(at), _precision(p)) for p, at in levels))
             return ByEntropy(_precision(first), tuple((float(at), _precision(p)) for p, at in levels))
-    except ValueError:
+    except (ValueError, AnybitsError):
         pass
     raise AnybitsError(f"schedule '{text}' cannot be read: write {FORMS}")
 
 
 def _precision(text: str) -> Precision:
-    return int(text)
+    """Return a precision or profile; ValueError or AnybitsError when it cannot be one."""
+    return parse_precision(text)

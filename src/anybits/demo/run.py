@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from anybits.checkpoint import write_json
-from anybits.config import METHODS, Recipe
+from anybits.config import METHODS, Recipe, Single
 from anybits.demo import CALIBRATION, HELD_OUT, MODEL
 from anybits.evaluate import report
 from anybits.evaluate.evaluation import evaluate
@@ -42,7 +42,7 @@ class Sample:
 def run_demo(out: Path, console: Console) -> None:
     """Write both quantized models, demo.json and demo.png into `out`, and print samples and the table."""
     evaluations: dict[str, report.Evaluation] = {}
-    samples: dict[str, dict[int, Sample]] = {}
+    samples: dict[str, dict[Single, Sample]] = {}
     for method in METHODS:
         folder = out / method
         shutil.rmtree(folder, ignore_errors=True)
@@ -64,9 +64,9 @@ def run_demo(out: Path, console: Console) -> None:
     console.print(f"try: anybits generate {out / METHODS[0]} --precision 3 --prompt 'import os'", highlight=False)
 
 
-def _samples(folder: Path) -> dict[int, Sample]:
+def _samples(folder: Path) -> dict[Single, Sample]:
     model = hf.load_model(folder, dtype=torch.float32)
-    samples = {}
+    samples: dict[Single, Sample] = {}
     for p in PRECISIONS:
         with scoped(p):
             samples[p] = _sample(model)
@@ -81,7 +81,7 @@ def _sample(model: torch.nn.Module) -> Sample:
     return Sample(text, tokens / (time.perf_counter() - started))
 
 
-def _show_samples(console: Console, samples: dict[str, dict[int, Sample]], original: Sample) -> None:
+def _show_samples(console: Console, samples: dict[str, dict[Single, Sample]], original: Sample) -> None:
     console.print(Panel(PROMPT.rstrip(), title="prompt", title_align="left"), highlight=False, markup=False)
     for method, by_precision in samples.items():
         for p, sample in by_precision.items():
@@ -93,7 +93,9 @@ def _show(console: Console, title: str, text: str) -> None:
     console.print(Panel(Text(text.rstrip()), title=title, title_align="left", border_style="dim"))
 
 
-def _table(evaluations: dict[str, report.Evaluation], samples: dict[str, dict[int, Sample]], original: Sample) -> Table:
+def _table(
+    evaluations: dict[str, report.Evaluation], samples: dict[str, dict[Single, Sample]], original: Sample
+) -> Table:
     any_evaluation = next(iter(evaluations.values()))
     table = Table(title=f"Held-out text, {any_evaluation.text_tokens} tokens; bytes of quantized weights read")
     for column in ("method", "precision", "bytes", "perplexity", "vs 16 bits", "tokens/s"):

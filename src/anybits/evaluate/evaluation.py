@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from anybits.config import Single
 from anybits.errors import AnybitsError
 from anybits.evaluate import perplexity
 from anybits.evaluate.report import Evaluation, Reference, Result
+from anybits.integrations import swapping
 from anybits.integrations import transformers as hf
 from anybits.precision import precision as scoped
-from anybits.weight import check_precision
 
 
 def read_text(path: str | Path) -> str:
@@ -28,7 +29,7 @@ def read_text(path: str | Path) -> str:
 
 def evaluate(
     folder: str,
-    precisions: tuple[int, ...],
+    precisions: tuple[Single, ...],
     text: str,
     seq_len: int = 512,
     max_tokens: int | None = None,
@@ -41,16 +42,15 @@ def evaluate(
     are not stored and for texts without tokens.
     """
     stored = hf.stored_config(folder)
-    for p in precisions:
-        check_precision(p, stored.precisions)
-    model = hf.load_model(folder, max_precision=max(precisions))
+    precisions = tuple(map(stored.check_single, precisions))
+    model = hf.load_model(folder, max_precision=max(map(stored.planes_of, precisions)))
     ids = hf.encoder(hf.load_tokenizer(folder))(text)
     windows = perplexity.split_windows(ids, seq_len, max_tokens)
     original = hf.load_float_model(reference) if reference is not None else None
     scores, own = perplexity.score(
         windows, [_at(model, p) for p in precisions], None if original is None else _plain(original), progress
     )
-    facts = hf.weight_facts(model)
+    facts = swapping.weight_facts(model)
     results = tuple(
         Result(
             precision=p,
@@ -77,7 +77,7 @@ def _plain(model: nn.Module) -> perplexity.Logits:
     return logits
 
 
-def _at(model: nn.Module, p: int) -> perplexity.Logits:
+def _at(model: nn.Module, p: Single) -> perplexity.Logits:
     plain = _plain(model)
 
     def logits(tokens: torch.Tensor) -> torch.Tensor:

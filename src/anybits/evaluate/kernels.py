@@ -22,6 +22,8 @@ from anybits.weight import AffineLevels, CodebookLevels, Levels, PlaneWeight, gr
 
 SHAPES: dict[str, tuple[tuple[int, int], ...]] = {
     "llama-3.1-8b": ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)),
+    "llama-3.3-70b": ((8192, 8192), (1024, 8192), (28672, 8192), (8192, 28672)),
+    "qwen3-32b": ((8192, 5120), (1024, 5120), (5120, 8192), (25600, 5120), (5120, 25600)),
     "llama-3.2-1b": ((2048, 2048), (512, 2048), (8192, 2048), (2048, 8192)),
     "qwen3-4b": ((4096, 2560), (1024, 2560), (2560, 4096), (9728, 2560), (2560, 9728)),
     "qwen3-0.6b": ((2048, 1024), (1024, 1024), (1024, 2048), (3072, 1024), (1024, 3072)),
@@ -107,6 +109,17 @@ def bench_kernels(
                     yield timing
     if json_file is not None:
         json_file.write_text("\n".join(lines) + "\n")
+
+
+def bench_on(device: str) -> Callable[..., Iterator[KernelTiming]]:
+    """Return the benchmark of `device`, "cpu" or "cuda", raising AnybitsError for another."""
+    if device == "cuda":
+        from anybits.evaluate.kernels_cuda import bench_cuda_kernels
+
+        return bench_cuda_kernels
+    if device != "cpu":
+        raise AnybitsError(f"device '{device}' is unknown: choose cpu or cuda")
+    return bench_kernels
 
 
 def random_weight(shape: tuple[int, int], method: str, precisions: Sequence[int], group_size: int = 128) -> PlaneWeight:

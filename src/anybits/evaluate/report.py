@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from anybits.config import Single
 from anybits.errors import AnybitsError
 
 
@@ -14,7 +15,7 @@ from anybits.errors import AnybitsError
 class Result:
     """One precision of one model; the last two are None without a reference model."""
 
-    precision: int
+    precision: Single
     perplexity: float
     weight_bytes: int
     bits_per_weight: float

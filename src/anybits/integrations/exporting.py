@@ -7,16 +7,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from anybits.config import Single
 from anybits.errors import AnybitsError
 from anybits.integrations import transformers as hf
 from anybits.linear import PlaneLinear, PlaneModule, PlaneStack
-from anybits.weight import check_precision
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def export_model(folder: str | Path, out: str | Path, precision: int, dtype: str = "bfloat16") -> None:
-    """Write the dequantized model at `precision` into folder `out` as safetensors of `dtype`.
+def export_model(folder: str | Path, out: str | Path, precision: Single, dtype: str = "bfloat16") -> None:
+    """Write the dequantized model at `precision`, a number or a profile, into folder `out` as safetensors of `dtype`.
 
     Transformers and all that reads its folders load it without anybits. Raises AnybitsError for a precision
     that is not stored, an unknown dtype, and an `out` that is not empty.
@@ -27,7 +27,7 @@ def export_model(folder: str | Path, out: str | Path, precision: int, dtype: str
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise AnybitsError(f"{target} is not empty: choose another folder or remove it first")
     stored = hf.stored_config(folder)
-    check_precision(precision, stored.precisions)
+    precision = stored.check_single(precision)
     model = hf.load_model(folder, max_precision=precision, dtype=DTYPES[dtype])
     make_dense(model, precision)
     with hf.quiet_transformers():
@@ -40,7 +40,7 @@ def export_model(folder: str | Path, out: str | Path, precision: int, dtype: str
     (target / "README.md").write_text(text, encoding="utf-8")
 
 
-def make_dense(model: nn.Module, precision: int) -> None:
+def make_dense(model: nn.Module, precision: Single) -> None:
     """Replace every plane module of a loaded model, in place, by the dense matrix of `precision` in its dtype."""
     for name, module in hf.plane_modules(model).items():
         parent, _, leaf = name.rpartition(".")
@@ -50,8 +50,10 @@ def make_dense(model: nn.Module, precision: int) -> None:
     hf.forget_quantization(model)
 
 
-def _dense(module: PlaneModule, precision: int) -> nn.Linear | nn.Parameter:
-    matrix = module.plane_weight.dequantize(precision).to(module.weight.dtype)
+def _dense(module: PlaneModule, precision: Single) -> nn.Linear | nn.Parameter:
+    own = module.own_precision(precision)
+    assert isinstance(own, int)
+    matrix = module.plane_weight.dequantize(own).to(module.weight.dtype)
     if isinstance(module, PlaneStack):
         return nn.Parameter(matrix.view(module.experts, module.rows, -1), requires_grad=False)
     with torch.device("meta"):

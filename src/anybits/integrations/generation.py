@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from anybits.config import Single
 from anybits.decode.choice import Choice
 from anybits.decode.draft_length import MAX_DRAFT, AdaptiveLength, DraftLength, FixedLength
 from anybits.decode.loop import decode
@@ -17,7 +18,7 @@ from anybits.decode.statistics import Statistics
 from anybits.errors import AnybitsError
 from anybits.integrations import transformers as hf
 from anybits.integrations.row_invariance import row_invariant, verifying
-from anybits.precision import Precision
+from anybits.precision import ModelPrecision, Precision, active
 from anybits.precision import precision as scoped
 
 
@@ -136,23 +137,26 @@ class _Emitted:
 
 
 def plan(
-    stored: tuple[int, ...],
-    lengths: dict[tuple[Precision, Precision], DraftLength],
-    precision: Precision,
-    draft_precision: Precision | None,
+    default: ModelPrecision,
+    lengths: dict[tuple[Single, Single], DraftLength],
+    precision: Any,
+    draft_precision: Any,
     draft_tokens: int | None,
     schedule: Schedule | str | None,
     statistics: Statistics | None,
 ) -> Plan:
     """Return the `custom_generate` that was asked for, or raise AnybitsError for what cannot be.
 
-    stored: the model's precisions; lengths: (precision, draft precision) -> what was learned in earlier calls.
+    default: what the model runs at outside scopes, and can run at; precision: None for the active one;
+    lengths: (precision, draft precision) -> what was learned in earlier calls.
     """
-    precision = hf.checked(precision, stored)
-    draft_precision = None if draft_precision is None else hf.checked(draft_precision, stored)
+    draft_precision = None if draft_precision is None else hf.checked(draft_precision, default)
     schedule = parse_schedule(schedule) if isinstance(schedule, str) else schedule
     for one in () if schedule is None else schedule.precisions:
-        hf.checked(one, stored)
+        hf.checked(one, default)
+    if schedule is not None and precision is not None:
+        raise AnybitsError("a schedule names its precisions itself: leave the precision out")
+    precision = hf.checked(active(default) if precision is None else precision, default)
     if schedule is not None and draft_precision is not None:
         raise AnybitsError("a schedule and a draft precision contradict each other: give one of them")
     if draft_tokens is not None and draft_precision is None:

@@ -18,7 +18,7 @@ from torch import nn
 
 from anybits import bits
 from anybits.checkpoint import CheckpointWriter, write_json
-from anybits.config import WHOLE_ROW, StoredConfig, check_group_size, check_precisions
+from anybits.config import WHOLE_ROW, Single, StoredConfig, check_group_size, check_precisions
 from anybits.errors import AnybitsError
 from anybits.integrations import transformers as hf
 from anybits.integrations.foreign import FLOATS, ForeignTensors, read_config
@@ -279,7 +279,7 @@ class _Import:
         from anybits import __version__
 
         writer, shards = CheckpointWriter(out), self._shards()
-        facts: dict[int, tuple[int, int]] = {}
+        facts: dict[Single, tuple[int, int]] = {}
         for index, (shard, names) in enumerate(shards.items()):
             writer.write_shard(shard, self._tensors(names, facts))
             progress(index + 1, len(shards))
@@ -309,7 +309,7 @@ class _Import:
             shards.setdefault("rest" if number < 0 else f"block-{number:05d}", []).append(name)
         return shards
 
-    def _tensors(self, names: list[str], facts: dict[int, tuple[int, int]]) -> dict[str, torch.Tensor]:
+    def _tensors(self, names: list[str], facts: dict[Single, tuple[int, int]]) -> dict[str, torch.Tensor]:
         tensors: dict[str, torch.Tensor] = {}
         dtype = next(self.source.get(name, shape, FLOATS).dtype for name, shape in self.plain.items())
         for name in names:

@@ -6,23 +6,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from anybits.config import Single
 from anybits.errors import AnybitsError
 from anybits.integrations import transformers as hf
 from anybits.precision import precision as scoped
-from anybits.weight import check_precision
 
 
 def run_tasks(
     folder: str | Path,
     tasks: Sequence[str],
-    precisions: Sequence[int],
+    precisions: Sequence[Single],
     include_path: str | Path | None = None,
     limit: int | None = None,
     num_fewshot: int | None = None,
     batch_size: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
     **load: Any,
-) -> dict[int, dict[str, dict[str, Any]]]:
+) -> dict[Single, dict[str, dict[str, Any]]]:
     """Return precision -> task -> metric -> value of lm-eval's `tasks` on the checkpoint `folder`.
 
     include_path: a folder of task files of one's own, read without a network; limit: documents of each task;
@@ -30,10 +30,9 @@ def run_tasks(
     precisions that are not stored.
     """
     stored = hf.stored_config(folder)
-    for p in precisions:
-        check_precision(p, stored.precisions)
+    precisions = [stored.check_single(p) for p in precisions]
     lm_eval, manager = _library(include_path, tasks)
-    model = hf.load_model(folder, max_precision=max(precisions), **load)
+    model = hf.load_model(folder, max_precision=max(map(stored.planes_of, precisions)), **load)
     adapter = lm_eval.models.huggingface.HFLM(
         pretrained=model, tokenizer=hf.load_tokenizer(folder), batch_size=batch_size
     )

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
 
 from anybits import checkpoint
-from anybits.config import Recipe, StoredConfig
+from anybits.config import Recipe, Single, StoredConfig
 from anybits.errors import AnybitsError
+from anybits.integrations import swapping
 from anybits.integrations import transformers as hf
 from anybits.integrations.model_card import model_card
 from anybits.quantize import pipeline
 from anybits.quantize.calibration import DEFAULT_DATASET, Calibration, read_texts, sample_windows
+
+OFFLOAD_FOLDER = "offload"
+"""Where transformers keeps what it has to convert while loading, such as the experts of most mixtures."""
 
 
 def quantize_model(
@@ -36,8 +41,8 @@ def quantize_model(
         raise AnybitsError(f"device '{device}' is unknown: quantization runs on auto or cpu")
     folder = Path(out)
     texts = _texts(recipe, calibration)
-    model = hf.load_float_model(source)
-    hf.run_experts_eagerly(model)
+    model, weights = hf.load_lazily(source, folder / OFFLOAD_FOLDER)
+    swapping.run_experts_eagerly(model)
     tokenizer = hf.load_tokenizer(source) if texts is not None else None
     windows: Calibration | None = None
     if texts is not None and tokenizer is not None:
@@ -45,9 +50,13 @@ def quantize_model(
         if calibration is None:
             name = DEFAULT_DATASET
         windows = sample_windows(texts, hf.encoder(tokenizer), recipe.samples, recipe.seq_len, recipe.seed, name)
-    stored = pipeline.quantize(model, hf.plain_config(model), recipe, windows, folder, __version__, progress)
-    _finish(source, folder, model, stored)
-    return stored
+
+    def last_step(stored: StoredConfig) -> None:
+        shutil.rmtree(folder / OFFLOAD_FOLDER, ignore_errors=True)
+        _finish(source, folder, model, stored)
+
+    config = hf.plain_config(model)
+    return pipeline.quantize(model, config, recipe, windows, folder, __version__, progress, weights, last_step)
 
 
 def _texts(recipe: Recipe, calibration: str | Sequence[str] | None) -> list[str] | None:
@@ -65,7 +74,7 @@ def _finish(source: str, folder: Path, model: nn.Module, stored: StoredConfig) -
     """Add tokenizer, generation settings and model card, and read every stored byte back once."""
     hf.save_companions(source, folder, model)
     reader = checkpoint.CheckpointReader(checkpoint.checkpoint_files(folder), stored)
-    facts: dict[int, tuple[int, int]] = {}
+    facts: dict[Single, tuple[int, int]] = {}
     for name in reader.modules():
         weight = reader.read(name, hf.in_features(model, name), stored.precisions)
         for p in stored.precisions:

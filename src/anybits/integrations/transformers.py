@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MethodType
 from typing import Any
 
 import torch
 import transformers
+from accelerate.hooks import remove_hook_from_submodules
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -25,24 +28,28 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from anybits import checkpoint
-from anybits.config import QUANT_METHOD, StoredConfig
+from anybits.config import QUANT_METHOD, Single, StoredConfig
 from anybits.decode.draft_length import DraftLength
 from anybits.decode.schedule import Schedule
 from anybits.decode.statistics import Statistics
 from anybits.errors import AnybitsError
-from anybits.linear import PlaneLinear, PlaneModule, PlaneStack
-from anybits.precision import ModelPrecision, Precision, active
+from anybits.integrations.swapping import (
+    model_precision,
+    plane_modules,
+    swap_in_planes,
+)
+from anybits.precision import FIRST_PROFILE, ModelPrecision, Precision
 from anybits.precision import precision as scoped
-from anybits.weight import PlaneWeight, check_precision
+from anybits.weight import PlaneWeight
 
 
 @register_quantization_config(QUANT_METHOD)
 class AnybitsConfig(QuantizationConfigMixin):
     """`quantization_config` of a checkpoint as transformers carries it, with the loading option max_precision."""
 
-    def __init__(self, stored: StoredConfig, max_precision: int | None = None) -> None:
+    def __init__(self, stored: StoredConfig, max_precision: Single | None = None) -> None:
         self.quant_method = QUANT_METHOD
-        self.stored = stored if max_precision is None else stored.up_to(max_precision)
+        self.stored = stored if max_precision is None else stored.up_to(stored.planes_of(max_precision))
         self.on_disk = stored
 
     @classmethod
@@ -75,7 +82,7 @@ class AnybitsQuantizer(HfQuantizer):
     def __init__(self, quantization_config: AnybitsConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.reader: checkpoint.CheckpointReader | None = None
-        self.default = ModelPrecision(quantization_config.stored.precisions[-1])
+        self.default = model_precision(quantization_config.stored)
 
     def is_serializable(self) -> bool:
         """Return True: `save_pretrained` writes the planes back as they are."""
@@ -108,12 +115,19 @@ class AnybitsQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         assert self.reader is not None
         precisions = self.quantization_config.stored.precisions
-        for name, module in plane_modules(model).items():
-            weight = self.reader.read(name, module.in_features, precisions)
-            module.set_plane_weight(weight.to(module.weight.device))
+        modules = plane_modules(model)
+
+        def read(name: str) -> PlaneWeight:
+            assert self.reader is not None
+            return self.reader.read(name, modules[name].in_features, precisions)
+
+        # Reading is comparing with checksums: threads share that.
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            for (name, module), weight in zip(modules.items(), pool.map(read, modules), strict=True):
+                module.set_plane_weight(weight.to(module.weight.device), self.reader.pages(name))
         model.anybits_bytes_read = self.reader.bytes_read
         self.reader = None
-        attach_precision(model, self.default, precisions)
+        attach_precision(model, self.default)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -122,70 +136,26 @@ class AnybitsQuantizer(HfQuantizer):
         return state, checkpoint.metadata(state)
 
 
-def plane_modules(model: nn.Module) -> dict[str, PlaneModule]:
-    """Return the plane modules of a model by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, PlaneModule)}
+def attach_precision(model: PreTrainedModel, default: ModelPrecision) -> None:
+    """Give a model `set_precision(p)`, `generate(..., precision=p)`, `precisions`, `profiles`, `precision_codes`."""
 
-
-def swap_in_planes(
-    model: nn.Module, stored: StoredConfig, default: ModelPrecision, dtype: torch.dtype | None
-) -> dict[str, PlaneModule]:
-    """Replace every target of `stored` by an empty plane module; return them by name.
-
-    A target is an nn.Linear, or a 3-D parameter `[E, N, K]` of fused experts.
-    """
-    swapped: dict[str, PlaneModule] = {}
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and stored.is_target(name):
-            new: PlaneModule = PlaneLinear(
-                module.in_features, module.out_features, stored.group_size, default, module.bias is not None, dtype
-            )
-            swapped[name] = new
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, new)
-        for leaf, parameter in list(module.named_parameters(recurse=False)):
-            full = f"{name}.{leaf}"
-            if parameter.ndim == 3 and stored.is_target(full):
-                delattr(module, leaf)
-                swapped[full] = PlaneStack(parameter.shape, stored.group_size, default, dtype)
-                setattr(module, leaf, swapped[full])
-                run_experts_eagerly(model)
-    if not swapped:
-        raise AnybitsError(
-            f"none of the checkpoint's quantized modules ({', '.join(stored.targets[:3])} ...) is in the model: "
-            "config.json does not belong to these weights"
-        )
-    return swapped
-
-
-def run_experts_eagerly(model: nn.Module) -> None:
-    """Let fused experts run expert by expert: the batched forms need all their matrices as one dense tensor."""
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if config is not None and hasattr(config, "_experts_implementation"):
-            config._experts_implementation = "eager"
-
-
-def attach_precision(model: PreTrainedModel, default: ModelPrecision, stored: tuple[int, ...]) -> None:
-    """Give a model `set_precision(p)`, `generate(..., precision=p)`, and `precisions`."""
-
-    def set_precision(self: PreTrainedModel, value: Precision) -> None:
+    def set_precision(self: PreTrainedModel, value: Any) -> None:
         """Run at `value` wherever no `anybits.precision` scope says otherwise."""
-        default.value = checked(value, stored)
+        default.value = checked(value, default)
 
-    lengths: dict[tuple[Precision, Precision], DraftLength] = {}
+    lengths: dict[tuple[Single, Single], DraftLength] = {}
 
     def generate(
         self: PreTrainedModel,
         *args: Any,
-        precision: Precision | None = None,
-        draft_precision: Precision | None = None,
+        precision: Any = None,
+        draft_precision: Any = None,
         draft_tokens: int | None = None,
         schedule: Schedule | str | None = None,
         statistics: Statistics | None = None,
         **kwargs: Any,
     ) -> Any:
-        """`GenerationMixin.generate` at `precision`: an int, or one int per sequence as a list or tensor.
+        """`GenerationMixin.generate` at `precision`: one precision or profile, or a list with one per sequence.
 
         draft_precision: draft there and verify at `precision`, with the same tokens when greedy and the same
         distribution when sampling; draft_tokens: how many a round, None for as many as pay. schedule: a Schedule or
@@ -194,29 +164,27 @@ def attach_precision(model: PreTrainedModel, default: ModelPrecision, stored: tu
         if draft_precision is not None or schedule is not None or draft_tokens is not None:
             from anybits.integrations.generation import plan
 
-            target = active(default) if precision is None else precision
-            passes = plan(stored, lengths, target, draft_precision, draft_tokens, schedule, statistics)
+            passes = plan(default, lengths, precision, draft_precision, draft_tokens, schedule, statistics)
             passes.streamer = kwargs.get("streamer")
             return type(self).generate(self, *args, custom_generate=passes, **kwargs)
-        scope = contextlib.nullcontext() if precision is None else scoped(checked(precision, stored))
+        scope = contextlib.nullcontext() if precision is None else scoped(checked(precision, default))
         with scope:
             return type(self).generate(self, *args, **kwargs)
 
-    model.precisions = stored
+    model.precisions, model.profiles, model.precision_codes = default.precisions, default.profiles, default.codes
     model.set_precision = MethodType(set_precision, model)
     if hasattr(model, "generate"):
         model.generate = MethodType(generate, model)
 
 
-def checked(value: Precision | list[int], stored: tuple[int, ...]) -> Precision:
-    """Return `value` as a Precision whose every entry is stored, or raise AnybitsError."""
-    if isinstance(value, int):
-        check_precision(value, stored)
-        return value
-    rows = torch.as_tensor(value, dtype=torch.int32)
-    for one in rows.unique().tolist():
-        check_precision(one, stored)
-    return rows
+def checked(value: Any, default: ModelPrecision) -> Precision:
+    """Return `value` (a precision, a list of them, or a tensor of codes) as a Precision whose every entry is stored."""
+    if isinstance(value, torch.Tensor):
+        for one in value.unique().tolist():
+            if not FIRST_PROFILE <= one < FIRST_PROFILE + len(default.profiles):
+                default.check(one)
+        return value.to(torch.int32)
+    return default.codes(value) if isinstance(value, list | tuple) else default.check(value)
 
 
 def stored_config(path: str | Path) -> StoredConfig:
@@ -233,9 +201,10 @@ def stored_config(path: str | Path) -> StoredConfig:
     return StoredConfig.from_dict(stored)
 
 
-def load_model(path: str | Path, max_precision: int | None = None, **kwargs: Any) -> PreTrainedModel:
+def load_model(path: str | Path, max_precision: Single | None = None, **kwargs: Any) -> PreTrainedModel:
     """Load a quantized causal language model; with `max_precision` p only the bytes of p planes are read.
 
+    A profile as `max_precision` stands for the highest precision that any matrix has under it.
     kwargs go to `from_pretrained` (dtype, device_map, ...). Raises AnybitsError for anything but an anybits
     checkpoint whose files are whole.
     """
@@ -254,9 +223,48 @@ def load_float_model(path: str, **kwargs: Any) -> PreTrainedModel:
             model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
         except (OSError, ValueError, KeyError) as error:
             raise AnybitsError(f"{path} cannot be loaded as a causal language model: {_first_line(error)}") from None
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise AnybitsError(f"{path} is quantized already: give the original float model")
+    _refuse_quantized(path, model.config)
     return model
+
+
+def _refuse_quantized(path: str, config: Any) -> None:
+    if getattr(config, "quantization_config", None) is not None:
+        raise AnybitsError(f"{path} is quantized already: give the original float model")
+
+
+def load_lazily(path: str, offload: Path) -> tuple[PreTrainedModel, Mapping[str, torch.Tensor]]:
+    """Return a float model on the meta device, and its weights by name, each read from its file when it is asked for.
+
+    offload: folder for weights that transformers converts while loading, such as fused experts; the files serve
+    all others as they are. Raises AnybitsError like load_float_model.
+    """
+    with quiet_transformers():
+        try:
+            config = AutoConfig.from_pretrained(path)
+            _refuse_quantized(path, config)
+            with torch.device("meta"):
+                skeleton = AutoModelForCausalLM.from_config(config)
+        except (OSError, ValueError, KeyError) as error:
+            raise AnybitsError(f"{path} cannot be loaded as a causal language model: {_first_line(error)}") from None
+    model = load_float_model(path, device_map=_all_on_disk(skeleton), offload_folder=str(offload))
+    hooks = [module._hf_hook for module in model.modules() if hasattr(module, "_hf_hook")]
+    weights = next(hook.weights_map.dataset for hook in hooks if getattr(hook, "weights_map", None) is not None)
+    remove_hook_from_submodules(model)
+    return model, weights
+
+
+def _all_on_disk(model: nn.Module) -> dict[str, str]:
+    """Return a device map that leaves every module that has parameters on disk, except for the smallest.
+
+    One has to be in memory: accelerate refuses to load nothing.
+    """
+    sizes = {
+        name: sum(p.numel() for p in module.parameters())
+        for name, module in model.named_modules()
+        if next(module.children(), None) is None or next(module.parameters(recurse=False), None) is not None
+    }
+    smallest = min((size, name) for name, size in sizes.items() if size)[1]
+    return {name: "disk" if size and name != smallest else "cpu" for name, size in sizes.items()}
 
 
 def empty_model(folder: Path) -> PreTrainedModel:
@@ -287,20 +295,24 @@ def quiet_transformers() -> Iterator[None]:
     """Keep transformers' loading bars and notices off the terminal; its warnings about weights stay."""
     shown = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
+    dispatch = logging.getLogger("accelerate.big_modeling")  # says that weights are on disk, as they were told to be
+    level = dispatch.level
+    dispatch.setLevel(logging.ERROR)
     try:
         yield
     finally:
+        dispatch.setLevel(level)
         if shown:
             transformers.utils.logging.enable_progress_bar()
 
 
 def make_planes(model: nn.Module, weights: Mapping[str, PlaneWeight], stored: StoredConfig) -> None:
     """Turn a float model into a quantized one in place, from weights by module name."""
-    default = ModelPrecision(stored.precisions[-1])
+    default = model_precision(stored)
     dtype = next(model.parameters()).dtype
     for name, module in swap_in_planes(model, stored, default, dtype).items():
         module.set_plane_weight(weights[name])
-    attach_precision(model, default, stored.precisions)
+    attach_precision(model, default)
 
 
 def forget_quantization(model: PreTrainedModel) -> None:
@@ -331,14 +343,6 @@ def has_window(cache: Any) -> bool:
 def generation_output(ids: torch.Tensor, cache: Any) -> GenerateDecoderOnlyOutput:
     """Return what `generate(return_dict_in_generate=True)` gives: ids `[1, T]` and the cache."""
     return GenerateDecoderOnlyOutput(sequences=ids, past_key_values=cache)
-
-
-def weight_facts(model: nn.Module) -> dict[int, tuple[int, int]]:
-    """Return precision -> (bytes of quantized weights read, number of quantized weights) of a loaded model."""
-    modules = list(plane_modules(model).values())
-    count = sum(module.in_features * module.out_features for module in modules)
-    stored = modules[0].stored_precisions if modules else ()
-    return {p: (sum(m.plane_weight.weight_bytes(p) for m in modules), count) for p in stored}
 
 
 def generate_text(

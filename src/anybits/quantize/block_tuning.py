@@ -7,7 +7,7 @@ against the mean squared error at the block's output. The same works on the cent
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -33,9 +33,9 @@ def tune(
     targets: list[Target],
     weights: Mapping[str, PlaneWeight],
     precision: int,
-    float_inputs: list[torch.Tensor],
-    quantized_inputs: list[torch.Tensor],
-    wanted: list[torch.Tensor],
+    float_inputs: Sequence[torch.Tensor],
+    quantized_inputs: Sequence[torch.Tensor],
+    wanted: Sequence[torch.Tensor],
     recipe: Recipe,
 ) -> dict[str, PlaneWeight]:
     """Return the weights with the levels of `precision` tuned; all other precisions and the planes are untouched.

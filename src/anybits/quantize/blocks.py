@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+Keep = Callable[[Iterable[torch.Tensor]], Sequence[torch.Tensor]]
+"""Takes batches as they come and keeps them somewhere: `list`, or activations.Keeper.keep."""
+
 
 class _Reached(Exception):
-    """Raised by a hook to end a forward pass once the first block's input is known."""
+    """Raised by a hook to end a forward pass once all that is wanted is known."""
 
 
 @dataclass(frozen=True)
@@ -23,36 +27,59 @@ class BlockInputs:
     and keyword arguments of each block, which depend on positions only.
     """
 
-    hidden: list[torch.Tensor]
+    hidden: Sequence[torch.Tensor]
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
 
 
 @torch.no_grad()
-def capture(model: nn.Module, blocks: nn.ModuleList, batches: list[torch.Tensor]) -> BlockInputs:
-    """Run the model on token batches int64 `[batch, tokens]` and return what its blocks receive."""
-    hidden: list[torch.Tensor] = []
+def capture(model: nn.Module, blocks: nn.ModuleList, batches: Sequence[torch.Tensor], keep: Keep = list) -> BlockInputs:
+    """Run the model on token batches int64 `[batch, tokens]` and return what its blocks receive, as float32."""
+    arguments = [
+        (_to_float32(positional), _to_float32(keywords))
+        for positional, keywords in block_arguments(model, blocks, batches[0])
+    ]
+    return BlockInputs(keep(hidden.float() for hidden in embedded(model, blocks, batches)), arguments)
+
+
+@torch.no_grad()
+def block_arguments(
+    model: nn.Module, blocks: nn.ModuleList, batch: torch.Tensor
+) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Return what each block is called with besides its hidden states, from one forward up to the last block."""
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
-        arguments.append((_to_float32(args[1:]), _to_float32(rest)))
-
-    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden.append((args[0] if args else kwargs["hidden_states"]).detach().float())
-        raise _Reached
+        arguments.append((args[1:], {key: value for key, value in kwargs.items() if key != "hidden_states"}))
+        if len(arguments) == len(blocks):
+            raise _Reached
 
     hooks = [block.register_forward_pre_hook(record, with_kwargs=True) for block in blocks]
-    model(input_ids=batches[0], use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    first = blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
-    for batch in batches:
-        try:
+    try:
+        with suppress(_Reached):
             model(input_ids=batch, use_cache=False)
-        except _Reached:
-            continue
-    first.remove()
-    return BlockInputs(hidden, arguments)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return arguments
+
+
+def embedded(model: nn.Module, blocks: nn.ModuleList, batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Yield the first block's input `[batch, tokens, hidden]` for each token batch, in the model's dtype."""
+    found: list[torch.Tensor] = []
+
+    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append((args[0] if args else kwargs["hidden_states"]).detach())
+        raise _Reached
+
+    # Before all other hooks: what loads the block's weights need not.
+    first = blocks[0].register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
+    try:
+        for batch in batches:
+            with suppress(_Reached), torch.no_grad():
+                model(input_ids=batch, use_cache=False)
+            yield found.pop()
+    finally:
+        first.remove()
 
 
 def _to_float32(value: Any) -> Any:
@@ -81,8 +108,11 @@ class BlockRunner:
 
     @torch.no_grad()
     def run_all(
-        self, hidden: list[torch.Tensor], weights: Callable[[], Mapping[str, torch.Tensor]] | None = None
-    ) -> list[torch.Tensor]:
+        self,
+        hidden: Sequence[torch.Tensor],
+        weights: Callable[[], Mapping[str, torch.Tensor]] | None = None,
+        keep: Keep = list,
+    ) -> Sequence[torch.Tensor]:
         """Return the outputs for all batches, the replacement weights built once."""
         replaced = weights() if weights is not None else None
-        return [self(batch, replaced) for batch in hidden]
+        return keep(self(batch, replaced) for batch in hidden)

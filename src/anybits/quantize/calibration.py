@@ -1,4 +1,4 @@
-"""Calibration: texts from a file or a dataset, token windows from texts, and the sensitivity of each weight."""
+"""Calibration: texts from a file or a dataset, and token windows from texts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from anybits.errors import AnybitsError
 
@@ -95,38 +94,3 @@ def sample_windows(
     starts = torch.randint(0, len(ids) - seq_len + 1, (samples,), generator=generator)
     tokens = torch.tensor(ids)
     return Calibration(torch.stack([tokens[s : s + seq_len] for s in starts.tolist()]), source)
-
-
-def fisher(
-    model: nn.Module,
-    tokens: torch.Tensor,
-    parameters: dict[str, nn.Parameter],
-    progress: Callable[[int, int], None],
-) -> dict[str, torch.Tensor]:
-    """Return the diagonal Fisher information of each parameter: the sum over windows of the squared gradient.
-
-    Any-Precision LLM (arXiv 2402.10517, section 3.2) and SqueezeLLM (arXiv 2306.07629, equation 3) use
-    it as the sensitivity of a weight. parameters: name -> parameter of `model`; returns float32 of the same shapes.
-    """
-    sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
-    by_id = {id(p): sums[name] for name, p in parameters.items()}
-
-    def collect(parameter: torch.Tensor) -> None:
-        assert parameter.grad is not None
-        by_id[id(parameter)] += parameter.grad.float().square()
-        parameter.grad = None
-
-    required = [(p, p.requires_grad) for p in model.parameters()]
-    for parameter, _ in required:
-        parameter.requires_grad_(id(parameter) in by_id)
-    hooks = [p.register_post_accumulate_grad_hook(collect) for p in parameters.values()]
-    try:
-        for index, window in enumerate(tokens):
-            model(input_ids=window[None], labels=window[None], use_cache=False).loss.backward()
-            progress(index + 1, len(tokens))
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for parameter, was_required in required:
-            parameter.requires_grad_(was_required)
-    return sums

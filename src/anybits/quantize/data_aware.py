@@ -20,6 +20,8 @@ from anybits.quantize.hessian import Layout, Moments, Problem, layout, problem
 from anybits.quantize.nested_codes import Search, descent_pass, feedback_pass
 from anybits.weight import AffineLevels, PlaneWeight, from_tensors, group_columns
 
+# Rows of a chunk: few enough that what the search for one column touches stays in cache, enough for good GEMMs.
+ROWS = 512
 # Elements of one `[P, K, N]` tensor of a chunk of rows; about five of them are alive.
 CHUNK = 1 << 24
 TINY = 1e-20
@@ -34,21 +36,32 @@ class _State:
     family: Family
 
     def copy(self) -> _State:
+        """Return a state that may change without changing this one."""
         return _State(self.codes.clone(), self.levels.clone(), self.family.copy())
+
+    def rows(self, which: torch.Tensor) -> _State:
+        """Return the rows that int64 `which` numbers."""
+        return _State(self.codes[:, which], self.levels[:, :, which], self.family.rows(which))
+
+    def replace_rows(self, which: torch.Tensor, other: _State) -> None:
+        """Put the rows of `other` in the places that int64 `which` numbers."""
+        self.codes[:, which], self.levels[:, :, which] = other.codes, other.levels
+        self.family.replace_rows(which, other.family)
 
 
 def improve(weight: torch.Tensor, start: PlaneWeight, moments: Moments, settings: DataAware) -> PlaneWeight:
     """Return `start` with codes and levels that fit the layer's inputs better at every precision, row by row.
 
     weight: float `[N, K]`, what `start` quantizes without data, of either method; moments: of the layer's inputs at
-    start's precisions. No row's error (q - w*) H (q - w*)^T, H damped, is above that of `start` at any precision.
+    start's precisions, those beyond the last sharing it. No row's error (q - w*) H (q - w*)^T, H damped, is above that of `start` at any precision.
     """
     size = start.in_features
     if isinstance(start.levels, AffineLevels):
         size = group_columns(start.levels.group_size, start.in_features)
     columns = layout(moments.hessian, size, settings.column_order == "energy")
     stated = problem(moments.reorder(columns.order), settings.damping, settings.correction)
-    step = max(1, CHUNK // (len(start.precisions) * start.in_features))
+    stated = stated.spread(len(start.precisions))
+    step = max(1, min(ROWS, CHUNK // (len(start.precisions) * start.in_features)))
     starts = range(0, start.out_features, step)
     parts: list[PlaneWeight] = [start] * len(starts)
 
@@ -68,14 +81,23 @@ def _improve_rows(
     search = Search(start.precisions, settings.exhaustive, settings.beam)
     state = _search(before.copy(), targets, stated, columns, search, settings)
     after = _finished(state)
-    fallback = before.copy()
-    _refit(fallback, targets, stated)
-    fallback = _finished(fallback)
     limit = _losses(before, targets, stated)
+    worse = (_losses(after, targets, stated) > limit).any(0).nonzero()[:, 0]
+    if len(worse):
+        kept = _refitted(before.rows(worse), targets[:, :, worse], limit[:, worse], stated)
+        after.replace_rows(worse, kept)
+    return _packed(after, start, columns)
+
+
+def _refitted(before: _State, targets: torch.Tensor, limit: torch.Tensor, stated: Problem) -> _State:
+    """Return the data-free codes with refitted levels, and with their own in rows that those would make worse."""
+    state = before.copy()
+    _refit(state, targets, stated)
+    state = _finished(state)
     # Rounded levels can be a hair worse than data-free ones where those are already the best there are.
-    refitted = (_losses(fallback, targets, stated) <= limit).all(0)
-    fallback = _chosen(refitted, fallback, before)
-    return _packed(_chosen((_losses(after, targets, stated) <= limit).all(0), after, fallback), start, columns)
+    worse = (_losses(state, targets, stated) > limit).any(0).nonzero()[:, 0]
+    state.replace_rows(worse, before.rows(worse))
+    return state
 
 
 def _search(
@@ -135,13 +157,6 @@ def _finished(state: _State) -> _State:
     """Return the state with levels as they are stored."""
     family = state.family.rounded()
     return _State(state.codes, family.levels(state.codes), family)
-
-
-def _chosen(better: torch.Tensor, one: _State, other: _State) -> _State:
-    """Return `one` in rows where `better` `[N]`, else `other`."""
-    codes = torch.where(better, one.codes, other.codes)
-    levels = torch.where(better, one.levels, other.levels)
-    return _State(codes, levels, one.family.chosen(better, other.family))
 
 
 def _unpacked(start: PlaneWeight, columns: Layout, settings: DataAware) -> _State:

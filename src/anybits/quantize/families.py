@@ -46,10 +46,14 @@ class Family(ABC):
         """Return levels that may change without changing these."""
         return replace(self, parameters=[c.clone() for c in self.parameters])
 
-    def chosen(self, better: torch.Tensor, other: Family) -> Family:
-        """Return these levels in rows where `better` `[N]`, else those of `other`."""
-        pairs = zip(self.parameters, other.parameters, strict=True)
-        return replace(self, parameters=[torch.where(better, mine, theirs) for mine, theirs in pairs])
+    def rows(self, which: torch.Tensor) -> Family:
+        """Return the levels of the rows that int64 `which` numbers."""
+        return replace(self, parameters=[c[..., which] for c in self.parameters])
+
+    def replace_rows(self, which: torch.Tensor, other: Family) -> None:
+        """Put the levels of `other` in the rows that int64 `which` numbers."""
+        for mine, theirs in zip(self.parameters, other.parameters, strict=True):
+            mine[..., which] = theirs
 
     def levels(self, codes: torch.Tensor) -> torch.Tensor:
         """Return `[P, K, N]`, the levels that codes uint8 `[K, N]` of the top precision stand for."""

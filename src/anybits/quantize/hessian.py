@@ -19,9 +19,10 @@ from anybits.quantize.targets import Target
 
 @dataclass
 class Moments:
-    """Second moments of a layer's inputs at each precision.
+    """Second moments of a layer's inputs at each precision that has a path of its own, then of the float path.
 
-    hessian: X'^T X', float32 `[P, K, K]`; cross: X^T X' with the float path's X, or None where it is not wanted.
+    hessian: X'^T X', float32 `[D, K, K]`, all precisions beyond D sharing the last; cross: X^T X' with the float path's
+    X, `[D, K, K]` or `[D - 1, K, K]`, a missing last one being equal to its Hessian; None where it is not wanted.
     """
 
     hessian: torch.Tensor
@@ -45,6 +46,13 @@ class Problem:
     factors: torch.Tensor
     shifts: torch.Tensor | None
 
+    def spread(self, precisions: int) -> Problem:
+        """Return the problems of all P precisions, those beyond the last being equal to it."""
+        of = torch.arange(precisions).clamp_max(len(self.hessians) - 1)
+        if len(of) == len(self.hessians):
+            return self
+        return Problem(self.hessians[of], self.factors[of], None if self.shifts is None else self.shifts[of])
+
     def targets(self, weight: torch.Tensor) -> torch.Tensor:
         """Return w* `[P, K, N]` of rows `[N, K]`."""
         columns = weight.T.contiguous()
@@ -66,20 +74,15 @@ def problem(moments: Moments, damping: float, correction: float) -> Problem:
         mean = mean if mean > 0 else mean + 1
         h = moment.double() / mean
         h.diagonal().add_(damping if moment.any() else 1.0)
-        if moments.cross is not None and correction:
-            change = correction * (moments.cross[i] - moment).double().T / mean
-            shift = torch.cholesky_solve(change, torch.linalg.cholesky(h))
-            shift.diagonal().add_(1)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
+        if moments.cross is not None and len(moments.cross) and correction:
+            shift = torch.eye(len(h), dtype=h.dtype, device=h.device)
+            if i < len(moments.cross):
+                shift += inverse @ (correction / mean * (moments.cross[i] - moment).double().T)
             shifts.append(shift.float())
         hessians.append(h.float())
-        factors.append(_factor(h))
+        factors.append(torch.linalg.cholesky(inverse, upper=True).float())
     return Problem(torch.stack(hessians), torch.stack(factors), torch.stack(shifts) if shifts else None)
-
-
-def _factor(hessian: torch.Tensor) -> torch.Tensor:
-    """Return the upper Cholesky factor of the inverse: float32 `[K, K]` from float64."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    return torch.linalg.cholesky(inverse, upper=True).float()
 
 
 @dataclass(frozen=True)
@@ -175,22 +178,27 @@ def stages(runner: BlockRunner, targets: list[Target], hidden: torch.Tensor) -> 
 def collect(
     runner: BlockRunner,
     groups: list[list[str]],
-    float_path: list[torch.Tensor],
-    paths: list[list[torch.Tensor]],
+    float_path: Sequence[torch.Tensor],
+    paths: list[Sequence[torch.Tensor]],
     replaced: Sequence[Mapping[str, torch.Tensor]],
     cross: bool,
+    plain: bool = False,
 ) -> list[Moments]:
     """Return the moments of the inputs that the linear layers of each of `groups` share.
 
-    float_path: the block's inputs `[batch, tokens, hidden]` from the float model; paths: for each precision those from
-    the model quantized so far; replaced: for each precision the weights of this block that are quantized
-    already. Tokens that the two paths route differently, to other experts, count without a cross moment.
+    float_path: the block's inputs `[batch, tokens, hidden]` from the float model; paths: for each precision that has
+    its own those from the model quantized so far; replaced: for each of these the weights of this block that
+    are quantized already; plain: add the float path's own moments as the last. Tokens that the two paths
+    route differently, to other experts, count without a cross moment.
     """
     firsts = [group[0] for group in groups]
     watch = Watch(runner, firsts)
-    sums = [_zeros(runner, name, len(paths), cross) for name in firsts]
+    sums = [_zeros(runner, name, len(paths), cross, plain) for name in firsts]
     for index, hidden in enumerate(float_path):
-        wanted = watch.inputs(hidden, None) if cross else {}
+        wanted = watch.inputs(hidden, None) if cross or plain else {}
+        for name, moments in zip(firsts, sums, strict=True):
+            if plain and name in wanted:
+                moments.hessian[-1].addmm_(wanted[name].T, wanted[name])
         for i, path in enumerate(paths):
             found = watch.inputs(path[index], replaced[i])
             for name, moments in zip(firsts, sums, strict=True):
@@ -203,8 +211,8 @@ def collect(
     return sums
 
 
-def _zeros(runner: BlockRunner, name: str, precisions: int, cross: bool) -> Moments:
+def _zeros(runner: BlockRunner, name: str, paths: int, cross: bool, plain: bool) -> Moments:
     layer = runner.block.get_submodule(name)
     assert isinstance(layer, nn.Linear)
-    hessian = torch.zeros(precisions, layer.in_features, layer.in_features)
-    return Moments(hessian, torch.zeros_like(hessian) if cross else None)
+    hessian = torch.zeros(paths + plain, layer.in_features, layer.in_features)
+    return Moments(hessian, torch.zeros_like(hessian[:paths]) if cross else None)

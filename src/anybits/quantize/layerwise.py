@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -22,24 +22,25 @@ def improve_block(
     runner: BlockRunner,
     targets: list[Target],
     start: Mapping[str, PlaneWeight],
-    float_path: list[torch.Tensor],
-    paths: Mapping[int, list[torch.Tensor]],
+    float_path: Sequence[torch.Tensor],
+    paths: Mapping[int, Sequence[torch.Tensor]],
     settings: DataAware,
 ) -> dict[str, PlaneWeight]:
     """Return `start`, the block's data-free weights by module, with codes and levels that fit their inputs.
 
     float_path, paths: the block's inputs `[batch, tokens, hidden]` from the float model and from the model quantized
-    at each precision so far. Fused experts keep their data-free codes: their inputs cannot be told apart.
+    at each precision so far; those of precisions above settings.own_inputs are not looked at. Fused experts keep their data-free codes: their inputs cannot be told apart.
     """
     by_module = {t.module: t for t in targets}
     like = dict(runner.block.named_parameters())
     weights = dict(start)
     precisions = next(iter(start.values())).precisions
-    replaced: list[dict[str, torch.Tensor]] = [{} for _ in precisions]
-    inputs = [paths[p] for p in precisions]
+    own = [p for p in precisions if p <= settings.own_inputs]
+    replaced: list[dict[str, torch.Tensor]] = [{} for _ in own]
+    inputs, plain = [paths[p] for p in own], len(own) < len(precisions)
     order = stages(runner, targets, float_path[0])
     for groups in [[group] for group in order] if settings.sequential else [order]:
-        found = collect(runner, groups, float_path, inputs, replaced, settings.correction > 0)
+        found = collect(runner, groups, float_path, inputs, replaced, settings.correction > 0, plain)
         for group, moments in zip(groups, found, strict=True):
             # One pass over the columns serves all layers that see this input: their rows are independent.
             together = torch.cat([matrix(like[by_module[module].parameter]) for module in group])
@@ -49,7 +50,7 @@ def improve_block(
                 target = by_module[module]
                 weights[module] = better.rows(first, first + target.out_features)
                 first += target.out_features
-                for p, dense in zip(precisions, replaced, strict=True):
+                for p, dense in zip(own, replaced, strict=True):
                     dense[target.parameter] = weights[module].dequantize(p)
     _announce([t.module for t in targets if not any(t.module in group for group in order)])
     return weights

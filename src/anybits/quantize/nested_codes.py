@@ -28,37 +28,56 @@ class Search:
     beam: int = 6
 
 
-def choose(
-    tables: Sequence[torch.Tensor], targets: torch.Tensor, weights: torch.Tensor, search: Search
-) -> torch.Tensor:
-    """Return the codes int64 `[N]` of least sum_p weights_p (level_p(first p bits) - targets_p)^2.
+class Chooser:
+    """Chooses the codes of one column after another from one group's levels."""
 
-    tables: `[2**p, N]` for each precision; targets, weights: `[P, N]`. Exact while a precision has at most
-    `search.exhaustive` codes; above, a beam search over the bits that follow. Equal costs take the lowest code.
-    """
-    precisions = search.precisions
-    cost, prefixes, bits = targets.new_zeros(1, targets.shape[1]), None, 0
-    for i, p in enumerate(precisions):
-        grow = 1 << (p - bits)
-        if len(cost) > search.beam and len(cost) * grow > search.exhaustive:
-            cost, kept = cost.topk(search.beam, dim=0, largest=False, sorted=True)
-            prefixes = kept if prefixes is None else prefixes.gather(0, kept)
-        table = tables[i]
-        if prefixes is not None:
-            steps = torch.arange(grow, device=table.device)[None, :, None]
-            prefixes = (prefixes[:, None] * grow + steps).flatten(0, 1)
-            table = table.gather(0, prefixes)
-        own = (table - targets[i]).square_().mul_(weights[i])
-        cost = own if bits == 0 else own.view(-1, grow, own.shape[1]).add_(cost[:, None]).flatten(0, 1)
-        bits = p
-    best = cost.argmin(0)
-    return best if prefixes is None else prefixes.gather(0, best[None])[0]
+    def __init__(self, tables: Sequence[torch.Tensor], search: Search) -> None:
+        """tables: `[2**p, N]` for each precision of `search`."""
+        self.tables, self.search = tables, search
+        top = search.precisions[-1]
+        if 1 << top <= search.exhaustive:
+            # Every level beside the code that it belongs to: one operation a precision weighs all codes.
+            pairs = zip(tables, search.precisions, strict=True)
+            self.spread = torch.stack([t.repeat_interleave(1 << (top - p), dim=0) for t, p in pairs])
+            self.buffer = torch.empty_like(self.spread)
 
+    def __call__(self, targets: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the codes int64 `[N]` of least sum_p weights_p (level_p(first p bits) - targets_p)^2, and their levels.
 
-def levels_of(tables: Sequence[torch.Tensor], codes: torch.Tensor, precisions: tuple[int, ...]) -> torch.Tensor:
-    """Return the levels `[P, N]` that codes int64 `[N]` of the top precision stand for."""
-    top = precisions[-1]
-    return torch.stack([t.gather(0, (codes >> (top - p))[None])[0] for t, p in zip(tables, precisions, strict=True)])
+        targets, weights: `[P, N]`, and so are the levels. Exact while there are at most `search.exhaustive`
+        codes; above, a beam search over the bits that follow.
+        """
+        top = self.search.precisions[-1]
+        if 1 << top > self.search.exhaustive:
+            codes = self._beam(targets, weights)
+            pairs = zip(self.tables, self.search.precisions, strict=True)
+            return codes, torch.stack([t.gather(0, (codes >> (top - p))[None])[0] for t, p in pairs])
+        costs = torch.sub(self.spread, targets[:, None], out=self.buffer).square_().mul_(weights[:, None])
+        # Sums and argmin over a leading dimension are several times slower.
+        cost = costs[0]
+        for own in costs[1:]:
+            cost += own
+        codes = cost.min(0)[1]
+        return codes, self.spread.gather(1, codes.expand(len(self.spread), 1, -1))[:, 0]
+
+    def _beam(self, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        search = self.search
+        cost, prefixes, bits = targets.new_zeros(1, targets.shape[1]), None, 0
+        for i, p in enumerate(search.precisions):
+            grow = 1 << (p - bits)
+            if len(cost) > search.beam and len(cost) * grow > search.exhaustive:
+                cost, kept = cost.topk(search.beam, dim=0, largest=False, sorted=True)
+                prefixes = kept if prefixes is None else prefixes.gather(0, kept)
+            table = self.tables[i]
+            if prefixes is not None:
+                steps = torch.arange(grow, device=table.device)[None, :, None]
+                prefixes = (prefixes[:, None] * grow + steps).flatten(0, 1)
+                table = table.gather(0, prefixes)
+            own = (table - targets[i]).square_().mul_(weights[i])
+            cost = own if bits == 0 else own.view(-1, grow, own.shape[1]).add_(cost[:, None]).flatten(0, 1)
+            bits = p
+        best = cost.min(0)[1]
+        return best if prefixes is None else prefixes.gather(0, best[None])[0]
 
 
 def feedback_pass(
@@ -80,22 +99,21 @@ def feedback_pass(
     columns = left.shape[1]
     codes = torch.empty(left.shape[1:], dtype=torch.uint8, device=left.device)
     levels = torch.empty_like(left)
-    group, table = -1, []
+    group, choose = -1, None
     for start in range(0, columns, BATCH):
         stop = min(start + BATCH, columns)
         errors = left.new_empty(left.shape[0], stop - start, left.shape[2])
         for j in range(start, stop):
-            if group_of[j] != group:
+            if choose is None or group_of[j] != group:
                 group = group_of[j]
-                table = tables(group)
+                choose = Chooser(tables(group), search)
             # What columns of this batch pushed here; the batches before already did at their end.
             wanted = left[:, j]
             if j > start:
                 wanted = wanted - torch.matmul(factors[:, None, start:j, j], errors[:, : j - start])[:, 0]
             pivot = factors[:, j, j, None]
-            code = choose(table, wanted, weights / pivot.square(), search)
-            level = levels_of(table, code, search.precisions)
-            codes[j], levels[:, j] = code, level
+            codes[j], level = choose(wanted, weights / pivot.square())
+            levels[:, j] = level
             errors[:, j - start] = (wanted - level) / pivot
         if stop < columns:
             left[:, stop:].baddbmm_(factors[:, start:stop, stop:].transpose(1, 2), errors, alpha=-1)
@@ -119,22 +137,21 @@ def descent_pass(
     sum_p weights_p e_p^T H_p e_p (as LNQ does for one precision, arXiv 2505.07004, section 4).
     """
     columns = errors.shape[1]
-    group, table = -1, []
+    group, choose = -1, None
     for start in range(0, columns, BATCH):
         stop = min(start + BATCH, columns)
         gradients = torch.bmm(hessians[:, start:stop], errors)
         moves = torch.zeros_like(gradients)
         for j in range(start, stop):
-            if group_of[j] != group:
+            if choose is None or group_of[j] != group:
                 group = group_of[j]
-                table = tables(group)
+                choose = Chooser(tables(group), search)
             gradient = gradients[:, j - start]
             if j > start:
                 gradient = gradient + torch.matmul(hessians[:, None, j, start:j], moves[:, : j - start])[:, 0]
             pivot = hessians[:, j, j, None]
             now = levels[:, j]
-            code = choose(table, now - gradient / pivot, weights * pivot, search)
-            level = levels_of(table, code, search.precisions)
+            codes[j], level = choose(now - gradient / pivot, weights * pivot)
             moves[:, j - start] = level - now
-            codes[j], levels[:, j] = code, level
+            levels[:, j] = level
         errors[:, start:stop] += moves

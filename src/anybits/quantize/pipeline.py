@@ -1,14 +1,16 @@
 """The pipeline: a float model in, a checkpoint of bit-planes out, one decoder block after another.
 
-A finished block is on disk before the next one starts. A run that was stopped goes on from there: finished
-blocks are read back instead of quantized again, and the result is the same to the byte.
+Only the block at hand is in memory. A finished block is on disk before the next one starts. A run that was
+stopped goes on from there: finished blocks are read back instead of quantized again, and the result is the same to
+the byte.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,13 +22,19 @@ from anybits.checkpoint import CheckpointReader, CheckpointWriter, write_json
 from anybits.config import Recipe, StoredConfig
 from anybits.errors import AnybitsError
 from anybits.quantize import anybcq, anyprecision, block_tuning, layerwise
+from anybits.quantize.activations import Keeper
 from anybits.quantize.blocks import BlockInputs, BlockRunner, capture
-from anybits.quantize.calibration import Calibration, fisher
-from anybits.quantize.targets import Target, find_blocks, find_targets, matrix, target_patterns
+from anybits.quantize.calibration import Calibration
+from anybits.quantize.interruptions import explained
+from anybits.quantize.sensitivity import Sensitivity
+from anybits.quantize.source import Source
+from anybits.quantize.targets import Target, find_targets, matrix, target_patterns
 from anybits.weight import PlaneWeight
 
 STATE_FILE = "quantize.json"
-REST = "rest"
+SENSITIVITY_FOLDER = "sensitivity"
+REST_BYTES = 512 << 20
+"""Bytes of unquantized tensors in one file, unless a single one is larger: what is in memory to write it."""
 
 
 @dataclass(frozen=True)
@@ -55,20 +63,24 @@ def quantize(
     out: Path,
     version: str,
     progress: Progress | None = None,
+    weights: Mapping[str, torch.Tensor] | None = None,
+    last_step: Callable[[StoredConfig], None] = lambda stored: None,
 ) -> StoredConfig:
     """Quantize the decoder blocks of `model` into folder `out` and return what was stored.
 
     model: a causal language model on the CPU, left unchanged; model_config: the JSON object of its config;
-    calibration: needed unless the preset is fast. Raises AnybitsError for a model without linear layers in
-    blocks, for missing calibration, and for a folder that holds another run.
+    calibration: needed unless the preset is fast; weights: name -> tensor for the parameters of `model` that lie on the
+    meta device, read when they are needed; last_step: completes the folder, again if the run is stopped in it.
+    Raises AnybitsError for a model without linear layers in blocks, for missing calibration, for a folder that
+    holds another run, and when memory or disk run out.
     """
     if recipe.needs_text and calibration is None:
         raise AnybitsError(f"preset {recipe.preset} needs calibration text: give some, or use preset fast")
-    run = _Run(model, recipe, calibration, CheckpointWriter(out), progress or Progress())
-    fingerprint = run.fingerprint(model_config, version)
-    _claim(out, fingerprint)
-    run.quantize_blocks()
-    run.write_rest()
+    with explained(out):
+        run = _Run(Source(model, weights), recipe, calibration, CheckpointWriter(out), progress or Progress())
+        _claim(out, run.fingerprint(model_config, version))
+        run.quantize_blocks()
+        rest = run.write_rest()
     stored = StoredConfig(
         method=recipe.method,
         precisions=recipe.precisions,
@@ -77,8 +89,11 @@ def quantize(
         symmetric=recipe.symmetric if recipe.method == "anybcq" else None,
         recipe=recipe.to_dict() | _data_facts(calibration) | {"anybits_version": version},
     )
-    run.writer.finish([*run.shard_names(), REST], stored, model_config)
-    (out / STATE_FILE).unlink()
+    with explained(out):
+        run.writer.finish([*run.shard_names(), *rest], stored, model_config)
+        last_step(stored)
+        shutil.rmtree(out / SENSITIVITY_FOLDER, ignore_errors=True)
+        (out / STATE_FILE).unlink()
     return stored
 
 
@@ -109,13 +124,23 @@ def _claim(out: Path, fingerprint: str) -> None:
     write_json(state, {"fingerprint": fingerprint})
 
 
+def walk_bytes(tokens: int, hidden: int, precisions: int) -> int:
+    """Return the bytes of activations that are kept while a block is finished.
+
+    They are float32 `[tokens, hidden]`: the block's inputs on the float path and at each precision, the float block's
+    outputs, and the outputs that are just computed.
+    """
+    return 4 * tokens * hidden * (precisions + 3)
+
+
 @dataclass
 class _Walk:
     """Where the calibration batches are: the inputs of the next block on the float path and at each precision."""
 
     inputs: BlockInputs
-    float_path: list[torch.Tensor]
-    paths: dict[int, list[torch.Tensor]]
+    keeper: Keeper
+    float_path: Sequence[torch.Tensor]
+    paths: dict[int, Sequence[torch.Tensor]]
 
 
 class _Run:
@@ -123,17 +148,17 @@ class _Run:
 
     def __init__(
         self,
-        model: nn.Module,
+        source: Source,
         recipe: Recipe,
         calibration: Calibration | None,
         writer: CheckpointWriter,
         progress: Progress,
     ) -> None:
-        self.model, self.recipe, self.calibration = model, recipe, calibration
+        self.source, self.recipe, self.calibration = source, recipe, calibration
         self.writer, self.progress = writer, progress
-        self.prefix, self.blocks = find_blocks(model)
+        self.prefix, self.blocks = source.prefix, source.blocks
         self.targets = [find_targets(block) for block in self.blocks]
-        self.sensitivity: dict[str, torch.Tensor] = {}
+        self.sensitivity: Sensitivity | None = None
 
     def shard_names(self) -> list[str]:
         """Return the shard of each block."""
@@ -144,51 +169,57 @@ class _Run:
         facts = [json.dumps(model_config, sort_keys=True, default=str), self.recipe.to_json(), version]
         facts.append(self.calibration.sha256 if self.calibration else "no text")
         digest = hashlib.sha256("\n".join(facts).encode())
-        for name, tensor in self.model.state_dict().items():
-            sample = tensor.flatten()[:4096].float().contiguous().numpy().tobytes()
-            digest.update(name.encode() + str(tuple(tensor.shape)).encode() + sample)
+        for name, tensor in self.source.tensors.items():
+            digest.update(name.encode() + str(tuple(tensor.shape)).encode() + self.source.sample(name))
         return digest.hexdigest()
 
     def quantize_blocks(self) -> None:
         """Quantize, tune and write every block that is not yet on disk."""
         todo = [not self.writer.has_shard(name) for name in self.shard_names()]
         if self.recipe.method == "any-precision" and self.recipe.needs_text and any(todo):
-            self._measure_sensitivity()
+            self._measure_sensitivity(todo)
         walked = (self.recipe.uses_hessian or self.recipe.reconstructs) and any(todo)
         walk = self._walk() if walked else None
-        for index, name in enumerate(self.shard_names()):
-            weights = self._quantize_weights(index) if todo[index] else self._read_back(index)
-            if walk is not None:
-                weights = self._fit_and_move(index, weights, walk, todo[index])
-            if todo[index]:
-                self._write_block(index, name, weights)
-            self.progress.block_done(BlockReport(index, len(todo), self._errors(index, weights), not todo[index]))
+        for index in range(len(todo)):
+            with self.source.block(index):
+                self._finish_block(index, walk, todo[index])
 
-    def _measure_sensitivity(self) -> None:
+    def _finish_block(self, index: int, walk: _Walk | None, todo: bool) -> None:
+        name = self.shard_names()[index]
+        weights = self._quantize_weights(index) if todo else self._read_back(index)
+        if walk is not None:
+            weights = self._fit_and_move(index, weights, walk, todo)
+        if todo:
+            self._write_block(index, name, weights)
+        if self.sensitivity is not None:
+            self.sensitivity.forget(index)
+        self.progress.block_done(BlockReport(index, len(self.blocks), self._errors(index, weights), not todo))
+
+    def _measure_sensitivity(self, todo: list[bool]) -> None:
         assert self.calibration is not None
-        parameters = {
-            f"{index}.{t.parameter}": self.blocks[index].get_parameter(t.parameter)
-            for index, targets in enumerate(self.targets)
-            for t in targets
-        }
-        self.sensitivity = fisher(self.model, self.calibration.tokens, parameters, self.progress.calibrating)
+        folder = self.writer.folder / SENSITIVITY_FOLDER
+        self.sensitivity = Sensitivity(self.source, self.targets, self.calibration.tokens, folder)
+        self.sensitivity.measure([i for i, wanted in enumerate(todo) if wanted], self.progress.calibrating)
 
     def _walk(self) -> _Walk:
         assert self.calibration is not None
         batch = self.recipe.batch
         tokens = self.calibration.tokens
         batches = [b for b in tokens.split(batch) if len(b) == batch] or [tokens]
-        inputs = capture(self.model, self.blocks, batches)
-        return _Walk(inputs, list(inputs.hidden), {p: list(inputs.hidden) for p in self.recipe.precisions})
+        width = self.source.hidden_size()
+        keeper = Keeper(walk_bytes(tokens.numel(), width, len(self.recipe.precisions)), self.writer.folder)
+        with self.source.running() as model:
+            inputs = capture(model, self.blocks, batches, keeper.keep)
+        return _Walk(inputs, keeper, inputs.hidden, dict.fromkeys(self.recipe.precisions, inputs.hidden))
 
     def _quantize_weights(self, index: int) -> dict[str, PlaneWeight]:
-        return {t.module: self._quantize_one(index, t) for t in self.targets[index]}
+        sums = {} if self.sensitivity is None else self.sensitivity.read(index)
+        return {t.module: self._quantize_one(index, t, sums.get(t.parameter)) for t in self.targets[index]}
 
-    def _quantize_one(self, index: int, target: Target) -> PlaneWeight:
+    def _quantize_one(self, index: int, target: Target, sensitivity: torch.Tensor | None) -> PlaneWeight:
         weight = matrix(self.blocks[index].get_parameter(target.parameter))
         recipe = self.recipe
         if recipe.method == "any-precision":
-            sensitivity = self.sensitivity.pop(f"{index}.{target.parameter}", None)
             flat = None if sensitivity is None else sensitivity.view(weight.shape)
             return anyprecision.quantize_matrix(weight, flat, recipe.precisions)
         return anybcq.quantize_matrix(weight, recipe.precisions, recipe.group_size, recipe.symmetric, recipe.rounds)
@@ -202,13 +233,16 @@ class _Run:
         like = dict(runner.block.named_parameters())
         if fit and recipe.uses_hessian and recipe.data_aware is not None:
             weights = layerwise.improve_block(runner, targets, weights, walk.float_path, walk.paths, recipe.data_aware)
-        wanted = runner.run_all(walk.float_path)
+        wanted = runner.run_all(walk.float_path, keep=walk.keeper.keep)
         for p, path in walk.paths.items():
+            if not recipe.has_own_path(p):
+                walk.paths[p] = wanted
+                continue
             if fit and recipe.reconstructs:
                 weights = block_tuning.tune(runner, targets, weights, p, walk.float_path, path, wanted, recipe)
             with torch.no_grad():
                 replaced = block_tuning.dense(weights, targets, p, like)
-            walk.paths[p] = runner.run_all(path, lambda replaced=replaced: replaced)  # type: ignore[misc]
+            walk.paths[p] = runner.run_all(path, lambda replaced=replaced: replaced, walk.keeper.keep)  # type: ignore[misc]
         walk.float_path = wanted
         return weights
 
@@ -218,8 +252,7 @@ class _Run:
         quantized = {t.parameter for t in self.targets[index]}
         tensors = {f"{where}.{key}": value for key, value in block.state_dict().items() if key not in quantized}
         for module, weight in weights.items():
-            dtype = next(self.model.parameters()).dtype
-            tensors[f"{where}.{module}.weight"] = torch.empty(0, dtype=dtype)  # see PlaneModule
+            tensors[f"{where}.{module}.weight"] = torch.empty(0, dtype=self.source.dtype)  # see PlaneModule
             tensors.update({f"{where}.{module}.{key}": value for key, value in weight.tensors().items()})
         self.writer.write_shard(name, tensors)
 
@@ -234,18 +267,25 @@ class _Run:
             t.module: reader.read(f"{where}.{t.module}", t.in_features, recipe.precisions) for t in self.targets[index]
         }
 
-    def write_rest(self) -> None:
-        """Write all that is not in a block: embeddings, norms, head; a tied tensor once."""
-        if self.writer.has_shard(REST):
-            return
-        tied = set(getattr(self.model, "all_tied_weights_keys", None) or {})
-        inside = f"{self.prefix}."
-        tensors = {
-            name: tensor
-            for name, tensor in self.model.state_dict().items()
-            if not name.startswith(inside) and name not in tied
-        }
-        self.writer.write_shard(REST, tensors)
+    def write_rest(self) -> list[str]:
+        """Write all that is not in a block: embeddings, norms, head; a tied tensor once. Return the shards' names."""
+        tied = set(getattr(self.source.model, "all_tied_weights_keys", None) or {})
+        parts: list[list[str]] = [[]]
+        size = 0
+        for name in self.source.rest_names():
+            if name in tied:
+                continue
+            one = self.source.tensors[name].nbytes
+            if parts[-1] and size + one > REST_BYTES:
+                parts.append([])
+                size = 0
+            parts[-1].append(name)
+            size += one
+        names = ["rest", *(f"rest-{i:05d}" for i in range(1, len(parts)))]
+        for shard, part in zip(names, parts, strict=True):
+            if not self.writer.has_shard(shard):
+                self.writer.write_shard(shard, {name: self.source.read(name) for name in part})
+        return names
 
     def _errors(self, index: int, weights: dict[str, PlaneWeight]) -> dict[int, float]:
         """Return the squared weight error of the block at each precision, relative to the squared weights."""

@@ -21,6 +21,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
+from anybits.config import Single
 from anybits.serve import metrics, schema
 from anybits.serve.gate import Gate
 from anybits.serve.jobs import Prompts, RequestError, Served, make_jobs
@@ -237,7 +238,7 @@ def _add_information(app: FastAPI, front: Front) -> None:
     served = front.served
     page = files("anybits.serve").joinpath("static/index.html").read_text(encoding="utf-8")
 
-    def entry(name: str, precision: int | None) -> schema.ModelEntry:
+    def entry(name: str, precision: Single | None) -> schema.ModelEntry:
         return schema.ModelEntry(
             id=name,
             object="model",
@@ -245,6 +246,7 @@ def _add_information(app: FastAPI, front: Front) -> None:
             owned_by="anybits",
             precision=precision,
             precisions=list(served.precisions),
+            profiles=list(served.profiles),
             max_model_len=served.max_model_len,
         )
 

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from anybits.config import Single
 from anybits.errors import AnybitsError
 from anybits.integrations import transformers as hf
 from anybits.integrations.attention import packed_attention, use_packed_attention
 from anybits.linear import PlaneStack
-from anybits.precision import precision
+from anybits.precision import Precision, precision
 from anybits.serve.attention import PagedAttention, ShapeProbe, Span
 from anybits.serve.kv import BLOCK, BlockPool, KVCache, blocks_for, blocks_in
 from anybits.serve.scheduler import Scheduler
 from anybits.serve.sequence import Chunk, Sequence, Token
+from anybits.serve.tiles import tile_linears
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +45,10 @@ class Engine:
     def __init__(self, model: Any, limits: Limits | None = None) -> None:
         limits = limits or Limits()
         use_packed_attention(model)
+        tile_linears(model)
         self.model, self.device = model, next(model.parameters()).device
         self.precisions: tuple[int, ...] = tuple(model.precisions)
+        self.profiles: tuple[str, ...] = tuple(model.profiles)
         probe = ShapeProbe()
         self._run([0], [0], self.precisions[-1], [0], probe)
         if not probe.shapes:
@@ -62,6 +67,8 @@ class Engine:
         self.max_model_len = min(wanted, blocks * BLOCK)
         self.cache = KVCache(probe.shapes, blocks, dtype, self.device)
         mixes = not any(isinstance(m, PlaneStack) for m in model.modules())
+        self.failed: list[Sequence] = []
+        """Sequences that broke the last step; they are out of the batch, and their blocks are free."""
         self.scheduler = Scheduler(
             BlockPool(blocks), limits.max_batch, max(limits.max_rows, limits.max_batch), not mixes
         )
@@ -79,12 +86,34 @@ class Engine:
 
     def step(self) -> list[Token]:
         """Run one forward and return the tokens that it brought; an idle engine returns none."""
+        self.failed = []
         chunks = self.scheduler.schedule()
-        if not chunks:
-            return []
         self.cache.clear(self.scheduler.taken)
-        logits = self.forward(chunks)
-        return self.advance(chunks, logits)
+        return [token for part, logits in self._forwards(chunks) for token in self.advance(part, logits)]
+
+    def _forwards(self, chunks: list[Chunk]) -> Iterator[tuple[list[Chunk], torch.Tensor]]:
+        """Yield all chunks with their logits; where the forward fails, its halves, until the culprits are alone.
+
+        Running a chunk again is harmless: it writes the same keys and values to the same places.
+        """
+        if not chunks:
+            return
+        try:
+            logits = self.forward(chunks)
+        except Exception:
+            if len(chunks) == 1:
+                self._fail(chunks[0].sequence)
+            else:
+                yield from self._forwards(chunks[: len(chunks) // 2])
+                yield from self._forwards(chunks[len(chunks) // 2 :])
+        else:
+            yield chunks, logits
+
+    def _fail(self, sequence: Sequence) -> None:
+        """End a sequence whose rows or whose sampling raise, from within the handler of its exception."""
+        logger.exception("a request failed alone; the others of its step go on")
+        self.cancel(sequence, "error")
+        self.failed.append(sequence)
 
     def cancel(self, sequence: Sequence, reason: str = "cancelled") -> None:
         """End a sequence now: its slot and blocks are free for the next step."""
@@ -104,12 +133,12 @@ class Engine:
             row += rows
             keep += [row - 1] * chunk.complete
         same = len(set(precisions)) == 1
-        mixed = precisions[0] if same else torch.tensor(precisions, dtype=torch.int32, device=self.device)
+        mixed = precisions[0] if same else self.model.precision_codes(precisions).to(self.device)
         return self._run(ids, positions, mixed, keep, PagedAttention(spans, self.cache, self.device))
 
     @torch.inference_mode()
     def _run(
-        self, ids: list[int], positions: list[int], rows: int | torch.Tensor, keep: list[int], attention: Any
+        self, ids: list[int], positions: list[int], rows: Precision, keep: list[int], attention: Any
     ) -> torch.Tensor:
         on_device = [torch.tensor(t, dtype=torch.long, device=self.device) for t in (ids, positions, keep)]
         with precision(rows), packed_attention(attention):
@@ -130,8 +159,12 @@ class Engine:
         tokens = []
         for row, chunk in enumerate(complete):
             sequence, logprobs, token = chunk.sequence, None, likeliest[row]
-            if not sequence.sampler.plain:
-                token, logprobs = sequence.sampler.choose(logits[row].cpu(), sequence.counts)
+            try:
+                if not sequence.sampler.plain:
+                    token, logprobs = sequence.sampler.choose(logits[row].cpu(), sequence.counts)
+            except Exception:
+                self._fail(sequence)
+                continue
             sequence.append(token, chunk.precisions[-1])
             if sequence.finish is not None:
                 self.scheduler.remove(sequence)
@@ -143,9 +176,9 @@ class Engine:
         """Whether nothing runs or waits."""
         return not self.scheduler.running and not self.scheduler.waiting
 
-    def kv_positions(self) -> Counter[int]:
+    def kv_positions(self) -> Counter[Single]:
         """Return precision -> positions of KV in use by sequences that now run at it."""
-        used: Counter[int] = Counter()
+        used: Counter[Single] = Counter()
         for sequence in list(self.scheduler.running):
             used[sequence.choice.precision] += len(sequence.blocks) * BLOCK
         return used

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from anybits.config import Single, check_single, precision_order
+from anybits.errors import AnybitsError
 from anybits.serve.policy import Targets
 from anybits.serve.sampling import Sampling
 from anybits.serve.schema import ChatRequest, CompletionRequest, GenerationRequest
@@ -30,18 +32,37 @@ class Served:
 
     name: str
     precisions: tuple[int, ...]
-    default_precision: int | None
+    default_precision: Single | None
     max_model_len: int
     max_choices: int
     vocabulary: int
+    profiles: tuple[str, ...] = ()
 
-    def aliases(self) -> dict[str, int | None]:
+    @property
+    def singles(self) -> tuple[Single, ...]:
+        """Precisions and profiles, ascending."""
+        return tuple(sorted((*self.precisions, *self.profiles), key=precision_order))
+
+    def aliases(self) -> dict[str, Single | None]:
         """Return every name that a request may use -> its precision; None leaves it to the request."""
-        return {self.name: None} | {f"{self.name}:{p}bit": p for p in self.precisions}
+        named = {f"{self.name}:{p}{'' if str(p)[0].isalpha() else 'bit'}": p for p in self.singles}
+        return {self.name: None} | named
 
     def allowed(self) -> str:
         """Return the precisions in words."""
-        return ", ".join(map(str, self.precisions))
+        return ", ".join(map(str, self.singles))
+
+    def read(self, field: str, value: object) -> Single | None:
+        """Return the precision that a field names, None for auto; raise RequestError when it is not stored."""
+        automatic = field == "precision"
+        if automatic and value == "auto":
+            return None
+        try:
+            return check_single(value, self.singles)
+        except AnybitsError:
+            also = ' or "auto"' if automatic else ""
+            message = f"{field} {value} is not stored: choose one of {self.allowed()}{also}"
+            raise RequestError(400, field, message) from None
 
 
 class Prompts:
@@ -82,25 +103,22 @@ class Prompts:
         return self.encode(text, special=False)
 
 
-def find_precision(body: GenerationRequest, served: Served) -> int | None:
+def find_precision(body: GenerationRequest, served: Served) -> Single | None:
     """Return the precision to run at, or None for auto; raise RequestError for a wrong name or number."""
     aliases = served.aliases()
     if body.model is not None and body.model not in aliases:
         raise RequestError(
             404, "model", f"model '{body.model}' is not served: choose {' or '.join(aliases)}", "unknown"
         )
-    for field, value in (("precision", body.precision), ("prefill_precision", body.prefill_precision)):
-        if isinstance(value, int) and value not in served.precisions:
-            also = ' or "auto"' if field == "precision" else ""
-            raise RequestError(400, field, f"{field} {value} is not stored: choose one of {served.allowed()}{also}")
+    asked = None if body.precision is None else served.read("precision", body.precision)
     named = aliases[body.model] if body.model is not None else None
-    if named is not None and body.precision not in (None, named):
+    if named is not None and body.precision is not None and asked != named:
         raise RequestError(400, "precision", f"precision {body.precision} contradicts model '{body.model}': name one")
     if named is not None:
         return named
     if body.precision is None:
         return served.default_precision
-    return None if body.precision == "auto" else body.precision
+    return asked
 
 
 def find_prompts(body: GenerationRequest, prompts: Prompts, served: Served) -> list[list[int]]:
@@ -129,6 +147,8 @@ def make_jobs(
     """Return one job for each prompt and choice; deliver(index, delta) is called in the worker's thread."""
     assert isinstance(body, ChatRequest | CompletionRequest)
     precision, tokens, choices = find_precision(body, served), find_prompts(body, prompts, served), body.n or 1
+    early = body.prefill_precision
+    prefill = None if early is None else served.read("prefill_precision", early)
     if choices * len(tokens) > served.max_choices:
         raise RequestError(
             400, "n", f"{choices * len(tokens)} answers in one request: n times prompts is at most {served.max_choices}"
@@ -150,7 +170,7 @@ def make_jobs(
                     text=TextStream(prompts.decode, prompt, stop),
                     deliver=lambda delta, index=index: deliver(index, delta),  # type: ignore[misc]
                     precision=precision,
-                    prefill=body.prefill_precision,
+                    prefill=prefill,
                     targets=targets,
                     ignore_end=bool(body.ignore_eos),
                 )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from anybits.config import Single, StoredConfig
 from anybits.errors import AnybitsError
 from anybits.integrations import transformers as hf
 from anybits.serve import api
@@ -49,7 +50,7 @@ def run(options: Options, started: Callable[[str], None]) -> None:
 
     Raises AnybitsError for an option that cannot be, OSError when the port is taken.
     """
-    stored = hf.stored_config(options.model).precisions
+    stored = hf.stored_config(options.model)
     default = _default_precision(options.precision, stored)
     if options.dtype not in DTYPES:
         raise AnybitsError(f"dtype '{options.dtype}' is unknown: choose {' or '.join(DTYPES)}")
@@ -72,6 +73,7 @@ def run(options: Options, started: Callable[[str], None]) -> None:
         default_precision=default,
         max_model_len=engine.max_model_len,
         max_choices=options.max_batch,
+        profiles=engine.profiles,
         vocabulary=engine.model.get_input_embeddings().num_embeddings,
     )
     worker = Worker(engine, policy, ends, max_queue, options.timeout_s)
@@ -82,15 +84,16 @@ def run(options: Options, started: Callable[[str], None]) -> None:
     api.serve(app, listener, options.drain_s)
 
 
-def _default_precision(asked: str | None, stored: tuple[int, ...]) -> int | None:
+def _default_precision(asked: str | None, stored: StoredConfig) -> Single | None:
     """Return the precision of requests that name none: the highest unless told otherwise; None is auto."""
     if asked == "auto":
         return None
     if asked is None:
-        return stored[-1]
-    if not asked.isdigit() or int(asked) not in stored:
-        raise AnybitsError(f"precision {asked} is not stored: choose one of {', '.join(map(str, stored))} or auto")
-    return int(asked)
+        return stored.precisions[-1]
+    try:
+        return stored.check_single(asked)
+    except AnybitsError as error:
+        raise AnybitsError(f"{error} or auto") from None
 
 
 def _device(asked: str) -> str:

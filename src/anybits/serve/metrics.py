@@ -9,6 +9,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from anybits.config import Single
+
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 TPOT_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2)
@@ -18,9 +20,9 @@ TPOT_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3
 class Snapshot:
     """The present load; mappings go from precision to a number, `auto` from targets to (precision, changes)."""
 
-    running: Mapping[int, int] = field(default_factory=dict)
-    waiting: Mapping[int, int] = field(default_factory=dict)
-    kv_positions: Mapping[int, int] = field(default_factory=dict)
+    running: Mapping[Single, int] = field(default_factory=dict)
+    waiting: Mapping[Single, int] = field(default_factory=dict)
+    kv_positions: Mapping[Single, int] = field(default_factory=dict)
     kv_used: int = 0
     kv_total: int = 0
     auto: Mapping[tuple[str, str], tuple[int, Mapping[str, int]]] = field(default_factory=dict)
@@ -29,7 +31,7 @@ class Snapshot:
 class _Load(Collector):
     """Asks for the present load when it is scraped, so that no step pays for gauges."""
 
-    def __init__(self, snapshot: Callable[[], Snapshot], precisions: tuple[int, ...]) -> None:
+    def __init__(self, snapshot: Callable[[], Snapshot], precisions: tuple[Single, ...]) -> None:
         self._snapshot, self._precisions = snapshot, precisions
 
     def collect(self) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
@@ -59,7 +61,7 @@ class _Load(Collector):
 class Metrics:
     """Counters and histograms that the worker and the API feed; safe from any thread."""
 
-    def __init__(self, precisions: tuple[int, ...], snapshot: Callable[[], Snapshot]) -> None:
+    def __init__(self, precisions: tuple[Single, ...], snapshot: Callable[[], Snapshot]) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(_Load(snapshot, precisions))
         labels, r = ["precision"], self._registry
@@ -78,16 +80,16 @@ class Metrics:
         """Count a request that got an error before it reached the queue."""
         self._refused.labels(str(status)).inc()
 
-    def token(self, precision: int) -> None:
+    def token(self, precision: Single) -> None:
         """Count a generated token."""
         self._generated.labels(str(precision)).inc()
 
-    def first_token(self, precision: int, prompt_tokens: int, seconds: float) -> None:
+    def first_token(self, precision: Single, prompt_tokens: int, seconds: float) -> None:
         """Count a prompt and the time to its first token."""
         self._prompt.labels(str(precision)).inc(prompt_tokens)
         self._ttft.labels(str(precision)).observe(seconds)
 
-    def finished(self, precision: int, mode: str, outcome: str, seconds_per_token: float | None) -> None:
+    def finished(self, precision: Single, mode: str, outcome: str, seconds_per_token: float | None) -> None:
         """Count a request that ended, and its time per token when it had more than one."""
         self._requests.labels(str(precision), mode, outcome).inc()
         if seconds_per_token is not None:

@@ -34,8 +34,8 @@ def _specialised(description: dict[str, Any], served: Served, with_key: bool) ->
     for name in ("ChatRequest", "CompletionRequest"):
         fields = schemas[name]["properties"]
         _allow(fields["model"], [*served.aliases(), None])
-        _allow(fields["precision"], [*served.precisions, "auto", None])
-        _allow(fields["prefill_precision"], [*served.precisions, None])
+        _allow(fields["precision"], [*served.singles, "auto", None])
+        _allow(fields["prefill_precision"], [*served.singles, None])
     return description
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from anybits.config import Single, precision_order
 from anybits.serve.sampling import Logprobs
 from anybits.serve.worker import Delta, Job
 
@@ -18,7 +19,7 @@ class Choice:
 
     def __init__(self, index: int) -> None:
         self.index, self.text = index, ""
-        self.by_precision: Counter[int] = Counter()
+        self.by_precision: Counter[Single] = Counter()
         self.tokens: list[tuple[int, Logprobs]] = []
         self.finish: str | None = None
 
@@ -32,9 +33,9 @@ class Choice:
             self.tokens.append((delta.token, delta.logprobs))
 
     @property
-    def precision(self) -> int:
+    def precision(self) -> Single:
         """The precision at which most tokens were generated; the lower of equals."""
-        return max(sorted(self.by_precision), key=lambda p: self.by_precision[p], default=0)
+        return max(sorted(self.by_precision, key=precision_order), key=lambda p: self.by_precision[p], default=0)
 
 
 class Shape:
@@ -113,14 +114,15 @@ class Shape:
 
 def usage(choices: list[Choice], jobs: list[Job]) -> dict[str, Any]:
     """Return the token counts of a request."""
-    generated: Counter[int] = sum((c.by_precision for c in choices), Counter())
+    generated: Counter[Single] = sum((c.by_precision for c in choices), Counter())
     prompts = sum(len(tokens) for tokens in {id(job.prompt): job.prompt for job in jobs}.values())
     completion = generated.total()
+    ordered = sorted(generated, key=precision_order)
     return {
         "prompt_tokens": prompts,
         "completion_tokens": completion,
         "total_tokens": prompts + completion,
-        "completion_tokens_by_precision": {str(p): count for p, count in sorted(generated.items())},
+        "completion_tokens_by_precision": {str(p): generated[p] for p in ordered},
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
+from anybits.config import Single, precision_order
 from anybits.serve.kv import BlockPool, blocks_for
 from anybits.serve.sequence import Chunk, Sequence
 
@@ -20,7 +21,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.taken: list[int] = []
         """Blocks handed out by the last `schedule`, still with their former owners' numbers."""
-        self._last_precision = 0
+        self._last_precision = (0.0, "")
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""
@@ -56,7 +57,7 @@ class Scheduler:
             chunks.append(chunk)
         return chunks
 
-    def _chunk(self, sequence: Sequence, rows: int, only: int | None) -> Chunk | None:
+    def _chunk(self, sequence: Sequence, rows: int, only: Single | None) -> Chunk | None:
         precisions = sequence.row_precisions(sequence.computed, sequence.computed + rows)
         if only is not None:
             same = next((i for i, p in enumerate(precisions) if p != only), rows)
@@ -74,13 +75,15 @@ class Scheduler:
                 return
             self.running.append(self.waiting.popleft())
 
-    def _next_precision(self) -> int | None:
+    def _next_precision(self) -> Single | None:
         """Return the precision whose turn it is, going round those that running sequences need."""
         if not self.uniform or not self.running:
             return None
-        wanted = sorted({s.row_precisions(s.computed, s.computed + 1)[0] for s in self.running})
-        self._last_precision = next((p for p in wanted if p > self._last_precision), wanted[0])
-        return self._last_precision
+        needed = {s.row_precisions(s.computed, s.computed + 1)[0] for s in self.running}
+        wanted = sorted(needed, key=precision_order)
+        now = next((p for p in wanted if precision_order(p) > self._last_precision), wanted[0])
+        self._last_precision = precision_order(now)
+        return now
 
     def _reserve(self, sequence: Sequence, positions: int) -> bool:
         """Give `sequence` blocks for `positions`; return False when it had to give way itself."""

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from anybits.config import Single
+
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 TokenId = Annotated[int, Field(ge=0)]
 
@@ -36,10 +38,12 @@ class GenerationRequest(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     model: str | None = Field(None, description="The served name, or NAME:3bit for a precision. Default: the model.")
-    precision: int | Literal["auto"] | None = Field(
-        None, description="Bits to run at, or auto: the highest that meets the latency targets."
+    precision: int | float | str | None = Field(
+        None, description="Bits to run at, a profile (2.5), or auto: the highest that meets the latency targets."
     )
-    prefill_precision: int | None = Field(None, description="Bits for the prompt alone. Default: as precision.")
+    prefill_precision: int | float | str | None = Field(
+        None, description="Bits or profile for the prompt alone. Default: as precision."
+    )
     target_tpot_ms: float | None = Field(None, gt=0, le=1e6, description="auto: milliseconds a token may take.")
     target_ttft_ms: float | None = Field(None, gt=0, le=1e6, description="auto: milliseconds to the first token.")
     max_tokens: int | None = Field(None, ge=1, le=10_000_000)
@@ -159,7 +163,7 @@ class ErrorAnswer(BaseModel):
 
 
 class Usage(BaseModel):
-    """Token counts; completion_tokens_by_precision: bits -> tokens generated at them."""
+    """Token counts; completion_tokens_by_precision: bits or profile -> tokens generated at them."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -168,11 +172,11 @@ class Usage(BaseModel):
 
 
 class Choice(BaseModel):
-    """One continuation; precision: the bits at which most of its tokens were generated."""
+    """One continuation; precision: the bits or profile at which most of its tokens were generated."""
 
     index: int
     finish_reason: Literal["stop", "length"]
-    precision: int
+    precision: Single
     logprobs: dict[str, Any] | None
 
 
@@ -201,7 +205,7 @@ class Answer(BaseModel):
     id: str
     created: int
     model: str
-    precision: int
+    precision: Single
     usage: Usage
 
 
@@ -226,8 +230,9 @@ class ModelEntry(BaseModel):
     object: Literal["model"]
     created: int
     owned_by: str
-    precision: int | None
+    precision: Single | None
     precisions: list[int]
+    profiles: list[str]
     max_model_len: int
 
 

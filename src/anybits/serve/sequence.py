@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from anybits.config import Single
 from anybits.serve.sampling import Logprobs, Sampler, Sampling
 
 
@@ -13,15 +14,15 @@ class PrecisionChoice(Protocol):
     """Says at which precision the next rows run; may change from step to step."""
 
     @property
-    def precision(self) -> int:
-        """A stored precision."""
+    def precision(self) -> Single:
+        """A stored precision or profile."""
 
 
 @dataclass(frozen=True)
 class Fixed:
-    """The precision that the client named."""
+    """The precision or profile that the client named."""
 
-    precision: int
+    precision: Single
 
 
 @dataclass(eq=False)
@@ -35,7 +36,7 @@ class Sequence:
     max_tokens: int
     choice: PrecisionChoice
     sampling: Sampling = field(default_factory=Sampling)
-    prefill: int | None = None
+    prefill: Single | None = None
     stop_tokens: frozenset[int] = frozenset()
     arrived: float = 0.0
     deadline: float | None = None
@@ -45,7 +46,7 @@ class Sequence:
         self.sampler = Sampler(self.sampling)
         self.computed = 0
         self.blocks: list[int] = []
-        self.generated_at: Counter[int] = Counter()
+        self.generated_at: Counter[Single] = Counter()
         self.counts: Counter[int] = Counter()
         self.first_token: float | None = None
         self.finish: str | None = None
@@ -60,13 +61,13 @@ class Sequence:
         """Tokens after the prompt."""
         return len(self.tokens) - len(self.prompt)
 
-    def row_precisions(self, start: int, stop: int) -> list[int]:
+    def row_precisions(self, start: int, stop: int) -> list[Single]:
         """Return the precision of the rows at positions start ... stop - 1."""
         now = self.choice.precision
         early = max(min(len(self.prompt), stop) - start, 0)
         return [now if self.prefill is None else self.prefill] * early + [now] * (stop - start - early)
 
-    def append(self, token: int, precision: int) -> None:
+    def append(self, token: int, precision: Single) -> None:
         """Take a generated token over, and finish when it ends the text or was the last allowed."""
         self.tokens.append(token)
         self.generated_at[precision] += 1
@@ -84,7 +85,7 @@ class Chunk:
     sequence: Sequence
     start: int
     stop: int
-    precisions: list[int]
+    precisions: list[Single]
 
     @property
     def complete(self) -> bool:
@@ -98,6 +99,6 @@ class Token:
 
     sequence: Sequence
     token: int
-    precision: int
+    precision: Single
     logprobs: Logprobs | None
     finish: str | None

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from anybits.config import Single
 from anybits.errors import AnybitsError
 from anybits.serve.engine import Engine
 from anybits.serve.metrics import Metrics, Snapshot
@@ -36,7 +37,7 @@ class Delta:
     text: str
     token: int | None = None
     logprobs: Logprobs | None = None
-    precision: int | None = None
+    precision: Single | None = None
     finish: str | None = None
 
 
@@ -49,8 +50,8 @@ class Job:
     sampling: Sampling
     text: TextStream
     deliver: Callable[[Delta], None]
-    precision: int | None = None
-    prefill: int | None = None
+    precision: Single | None = None
+    prefill: Single | None = None
     targets: Targets | None = None
     ignore_end: bool = False
     sequence: Sequence | None = field(default=None, init=False)
@@ -74,7 +75,7 @@ class Worker:
         self._recent_s = 1.0
         self.after_step: Callable[[], None] = lambda: None
         """Called in the worker's thread when the deltas of a step have been delivered."""
-        self.metrics = Metrics(engine.precisions, self._snapshot)
+        self.metrics = Metrics((*engine.precisions, *engine.profiles), self._snapshot)
         self._thread = threading.Thread(target=self._run, name="anybits-engine", daemon=True)
 
     @property
@@ -115,7 +116,7 @@ class Worker:
             try:
                 self._turn()
             except Exception:
-                # One broken step must not end the service: its requests fail, the next ones are served.
+                # What the engine could not lay to one request must not end the service: all that run fail.
                 logger.exception("a step failed; its requests are answered with an error")
                 for sequence in list(self._jobs):
                     if sequence not in self.engine.scheduler.waiting:
@@ -127,8 +128,15 @@ class Worker:
         self._expire(started)
         tokens = self.engine.step()
         now = time.monotonic()
+        for sequence in self.engine.failed:
+            self._end(sequence, "error")
         for token in tokens:
-            self._hand_out(token, now)
+            try:
+                self._hand_out(token, now)
+            except Exception:
+                logger.exception("the text of a request failed; the others go on")
+                if token.sequence in self._jobs:
+                    self._end(token.sequence, "error")
         self.after_step()
         if tokens or not self.engine.idle:
             self.policy.observe(Load(now, now - started, self._oldest_wait(now)))
@@ -190,7 +198,8 @@ class Worker:
         self.engine.cancel(sequence, reason)
         self._close(sequence, reason, time.monotonic())
         if reason != "cancelled":
-            job.deliver(Delta(job.text.flush(), finish=reason))
+            text = "" if reason == "error" else job.text.flush()  # the text may be what failed
+            job.deliver(Delta(text, finish=reason))
 
     def _close(self, sequence: Sequence, reason: str, now: float) -> None:
         del self._jobs[sequence]

@@ -1,0 +1,312 @@
+"""One command for a machine with an NVIDIA GPU: check, time, sweep rows and tunings; a short table comes last.
+
+    python benchmarks/gpu.py --out gpu.jsonl [--stages check rates time rows mixed tune] [--minutes 9]
+
+Every result is one JSON line in --out. A line that is there already is not measured again, so a stopped run goes on
+where it was. Needs torch for CUDA and cuda-bindings; anybits may be imported from src/ beside this folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import struct
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "src"))
+
+import torch
+
+from anybits.evaluate import kernels_cuda as timing
+from anybits.evaluate.kernels import SHAPES, random_weight
+from anybits.kernels.cuda import backend as cuda
+from anybits.kernels.cuda import plan, toolchain
+from anybits.weight import PlaneWeight
+
+STAGES = ("check", "rates", "time", "rows", "mixed", "tune")
+METHODS = ("anybcq", "any-precision")
+TUNED_SHAPES = ((4096, 14336), (8192, 28672))
+TUNINGS = [
+    f"masks={masks},warps={warps},blocks={blocks}" + (f",stages={stages}" if stages else "")
+    for masks, (warps, blocks), stages in itertools.product((1, 2, 4), ((16, 1), (8, 1), (8, 2), (4, 4)), (0, 3))
+]
+
+
+class Run:
+    """The output file, what it holds, and the time that is left."""
+
+    def __init__(self, out: Path, minutes: float) -> None:
+        self.out, self.end = out, time.monotonic() + 60 * minutes
+        self.lines = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+        self.facts = timing.environment()
+        self.bandwidth = timing.copy_bandwidth()
+
+    def have(self, **key: object) -> dict | None:
+        """Return the line of `key`, if it was measured before."""
+        wanted = json.loads(json.dumps(key))
+        return next((line for line in self.lines if all(line.get(k) == v for k, v in wanted.items())), None)
+
+    def late(self) -> bool:
+        return time.monotonic() > self.end
+
+    def add(self, **line: object) -> None:
+        line |= {"copy_gb_per_s": round(self.bandwidth / 1e9), **self.facts}
+        self.lines.append(json.loads(json.dumps(line)))
+        with self.out.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def compile_all(shapes: set, rows: tuple[int, ...], precisions: tuple[int, ...], tunings: list[plan.Tuning]) -> None:
+    """Compile what a stage needs on all cores at once; the cache on disk keeps it."""
+    gpu = cuda._gpu(torch.cuda.current_device())
+    kernels = set()
+    for shape, m, p, tuning in itertools.product(shapes, rows, precisions, tunings):
+        try:
+            planned = plan.product(shape, m, 1, p, gpu.device, tuning)
+        except plan.AnybitsError:
+            continue  # a tuning that does not fit this shape
+        kernels |= {planned.launch.kernel, planned.reduction(shape, m, 1).kernel}
+        if p:
+            kernels.add(plan.dequantization(shape, 1, p).kernel)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda kernel: toolchain.cubin(kernel, gpu.arch), kernels))
+
+
+class Weights:
+    """Random weights on the GPU and their rotating copies, one shape at a time."""
+
+    def __init__(self) -> None:
+        self._key: tuple | None = None
+
+    def get(self, shape: tuple[int, int], method: str, precisions: tuple[int, ...]) -> tuple[PlaneWeight, list]:
+        if self._key != (shape, method, precisions):
+            self._key, self._kept = None, None
+            torch.cuda.empty_cache()
+            weight = random_weight(shape, method, precisions).to("cuda")
+            self._kept = weight, timing.rotating(cuda.prepare(weight), weight.weight_bytes(precisions[0]))
+            self._key = (shape, method, precisions)
+        return self._kept
+
+
+def seconds_of(copies: list, m: int, precision: int | torch.Tensor) -> float:
+    x = torch.randn(m, copies[0].shape.in_features, dtype=torch.bfloat16, device="cuda")
+    backend = cuda.CudaBackend()
+    return timing.graph_seconds(lambda i: backend.matmul(x, copies[i], precision), len(copies), 5)
+
+
+@dataclass(frozen=True)
+class RateKernel:
+    """A kernel of nothing but one tensor-core instruction: how fast it can be at all."""
+
+    instruction: str
+    width: int  # columns of the first operand
+    registers: tuple[int, int]  # of the two operands
+    float_sums: bool = False
+    source: str = "rate.cu"
+    entry: str = "rate"
+    macros: tuple = ()
+
+    def text(self) -> str:
+        sums, first = ["%0", "%1", "%2", "%3"], [f"%{4 + i}" for i in range(self.registers[0])]
+        second = [f"%{4 + self.registers[0] + i}" for i in range(self.registers[1])]
+        operands = ", ".join("{" + ",".join(part) + "}" for part in (sums, first, second, sums))
+        kind, letter = ("float", "f") if self.float_sums else ("int", "r")
+        outputs = ", ".join(f'"+{letter}"(c[j][{i}])' for i in range(4))
+        inputs = ", ".join(f'"r"(v[{i}])' for i in range(sum(self.registers)))
+        return f"""extern "C" __global__ void rate(int *out) {{
+            unsigned v[6];
+            for (int i = 0; i < 6; i++) v[i] = threadIdx.x * 2654435761u >> i & 0x3c003c00u;
+            {kind} c[8][4] = {{}};
+            for (int n = 0; n < 1024; n++)
+            #pragma unroll
+                for (int j = 0; j < 8; j++) asm volatile("{self.instruction} {operands};" : {outputs} : {inputs});
+            {kind} sum = 0;
+            for (int j = 0; j < 8; j++) for (int i = 0; i < 4; i++) sum += c[j][i];
+            out[blockIdx.x * blockDim.x + threadIdx.x] = (int)sum;
+        }}"""
+
+
+RATES = {
+    "8-bit": RateKernel("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32", 32, (4, 2)),
+    "1-bit": RateKernel("mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc", 128, (2, 1)),
+    "1-bit, wide": RateKernel("mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc", 256, (4, 2)),
+    "fp16": RateKernel("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32", 16, (4, 2), float_sums=True),
+}
+
+
+def rates(run: Run, weights: Weights) -> None:
+    """Products a second of each instruction: 16 x 8 x width multiply-adds each."""
+    gpu = cuda._gpu(torch.cuda.current_device())
+    blocks, threads = 2 * gpu.device.multiprocessors, 512
+    out = torch.zeros(blocks * threads, dtype=torch.int32, device="cuda")
+    for name, kernel in RATES.items():
+        if run.have(stage="rates", name=name):
+            continue
+        launch = plan.Launch(kernel, (blocks, 1), threads, 0)
+        arguments = struct.pack("<Q", out.data_ptr())
+        us = timing.graph_seconds(lambda _, at=launch, a=arguments: cuda._launch(gpu, at, a), 1, 5) * 1e6
+        products = blocks * threads / 32 * 8 * 1024 / us * 1e6
+        bits = products * 16 * kernel.width  # plane bits that meet 8 columns
+        run.add(stage="rates", name=name, us=us, tera_multiply_adds=products * 128 * kernel.width / 1e12,
+                tera_bits_at_8_columns=bits / 1e12)  # fmt: skip
+
+
+def check(run: Run, weights: Weights) -> None:
+    """Errors against float64 at a large shape; the plain kernel tells a wrong kernel from a wrong layout."""
+    shape, precisions = (4096, 4096), tuple(range(2, 9))
+    backend = cuda.CudaBackend()
+    for method in METHODS:
+        weight, copies = weights.get(shape, method, precisions)
+        compile_all({copies[0].shape}, (1, 4, 16), (0, *precisions), [plan.Tuning()])
+        for m, p in itertools.product((1, 4, 16), (*precisions, 0)):
+            key = {"stage": "check", "method": method, "m": m, "precision": p}
+            if run.have(**key) or run.late():
+                continue
+            x = torch.randn(m, shape[1], dtype=torch.bfloat16, device="cuda")
+            wanted = p or torch.tensor([precisions[i % 7] for i in range(m)], dtype=torch.int32, device="cuda")
+            y = backend.matmul(x, copies[0], wanted)
+            same = all(torch.equal(backend.matmul(x, copies[0], wanted), y) for _ in range(9))
+            error = timing.relative_error(y, x, weight, wanted)
+            line = {"error": error, "ten_runs_equal": same, "ok": error < timing._LARGEST_ERROR and same}
+            if not line["ok"]:
+                os.environ["ANYBITS_CUDA_KERNEL"] = "simple"
+                y = backend.matmul(x, copies[0], wanted)
+                line["simple_error"] = timing.relative_error(y, x, weight, wanted)
+                del os.environ["ANYBITS_CUDA_KERNEL"]
+                print("WRONG", key, line, flush=True)
+            run.add(**key, **line)
+
+
+def timed(run: Run, weights: Weights, stage: str, shapes: tuple, rows: tuple[int, ...], precisions: tuple) -> None:
+    """Products against cuBLAS and the copy bandwidth, correctness first."""
+    for shape in shapes:
+        for method in METHODS:
+            wanted = [(m, p) for m in rows for p in precisions]
+            keys = [{"stage": stage, "shape": shape, "method": method, "m": m, "precision": p} for m, p in wanted]
+            if run.late() or all(run.have(**key) for key in keys):
+                continue
+            weight, copies = weights.get(shape, method, precisions)
+            compile_all({copies[0].shape}, rows, precisions, [plan.Tuning()])
+            for key, (m, p) in zip(keys, wanted, strict=True):
+                if run.have(**key) or run.late():
+                    continue
+                if stage == "rows":  # past the cross-over too, where the default would take the dense path
+                    os.environ["ANYBITS_CUDA_KERNEL"] = "codebook" if method == METHODS[1] and p > 3 else "signs"
+                found = timing.time_product(weight, copies, m, p, method, 5)
+                os.environ.pop("ANYBITS_CUDA_KERNEL", None)
+                dense_key = {"stage": "cublas", "shape": shape, "m": m}
+                if not run.have(**dense_key):
+                    run.add(**dense_key, us=timing.dense_seconds(shape, m, 5) * 1e6)
+                dense = run.have(**dense_key)["us"]
+                share = found.bytes / found.us * 1e6 / run.bandwidth
+                line = {"us": found.us, "bytes": found.bytes, "bandwidth_share": round(share, 3)}
+                line |= {"speedup_vs_bf16": round(dense / found.us, 2), "error": found.error}
+                if m > 1:  # what dequantizing and cuBLAS would have taken
+                    line["dense_path_us"] = dense_path(copies, m, p) * 1e6
+                run.add(**key, **line)
+
+
+def dense_path(copies: list, m: int, p: int) -> float:
+    x = torch.randn(m, copies[0].shape.in_features, dtype=torch.bfloat16, device="cuda")
+    return timing.graph_seconds(lambda i: cuda._dense(x, copies[i], p, None), min(len(copies), 8), 5)
+
+
+def mixed(run: Run, weights: Weights) -> None:
+    """A batch of mixed precisions against the same batch at its highest."""
+    for method, m in itertools.product(METHODS, (4, 8, 16)):
+        key = {"stage": "mixed", "shape": (8192, 28672), "method": method, "m": m}
+        if run.have(**key) or run.late():
+            continue
+        _, copies = weights.get((8192, 28672), method, (2, 3, 4))
+        compile_all({copies[0].shape}, (m,), (0, 4), [plan.Tuning()])
+        rows = torch.tensor([2 + i % 3 for i in range(m)], dtype=torch.int32, device="cuda")
+        us, highest = seconds_of(copies, m, rows) * 1e6, seconds_of(copies, m, 4) * 1e6
+        run.add(**key, us=us, highest_us=highest, ratio=round(us / highest, 3))
+
+
+def tune(run: Run, weights: Weights) -> None:
+    """Every tuning of signs.cu at one row."""
+    for shape, p in itertools.product(TUNED_SHAPES, (2, 3, 4)):
+        names = [t for t in TUNINGS if not run.have(stage="tune", shape=shape, precision=p, tuning=t)]
+        if not names or run.late():
+            continue
+        _, copies = weights.get(shape, "anybcq", (2, 3, 4))
+        tunings = [plan.tuning_from_environment(name, "") for name in names]
+        compile_all({copies[0].shape}, (1,), (p,), tunings)
+        for name in names:
+            if run.late():
+                return
+            os.environ["ANYBITS_CUDA_TUNING"] = name
+            try:
+                us = seconds_of(copies, 1, p) * 1e6
+            except plan.AnybitsError as error:
+                run.add(stage="tune", shape=shape, precision=p, tuning=name, us=None, why=str(error))
+                continue
+            finally:
+                del os.environ["ANYBITS_CUDA_TUNING"]
+            share = copies[0].shape.tiles * 16 * shape[1] * p / 8 / us * 1e6 / run.bandwidth
+            run.add(stage="tune", shape=shape, precision=p, tuning=name, us=us, plane_share=round(share, 3))
+
+
+def table(run: Run) -> None:
+    """Print what matters, last."""
+    checks = [line for line in run.lines if line["stage"] == "check"]
+    print(f"\n{run.facts['device']}, driver {run.facts['driver']}, copy {run.bandwidth / 1e9:.0f} GB/s")
+    print(f"check: {sum(line['ok'] for line in checks)} of {len(checks)} right and the same ten times")
+    for stage in ("time", "rows"):
+        for line in run.lines:
+            if line["stage"] == stage:
+                n, k = line["shape"]
+                print(
+                    f"{stage} {n:5d}x{k:<5d} {line['method']:13s} m {line['m']:3d} p {line['precision']} "
+                    f"{line['us']:8.2f} us {100 * line['bandwidth_share']:4.0f} % {line['speedup_vs_bf16']:5.2f}x bf16"
+                    + (f"  dense path {line['dense_path_us']:8.2f} us" if "dense_path_us" in line else "")
+                )
+    for line in run.lines:
+        if line["stage"] == "rates":
+            print(f"rate {line['name']:12s} {line['tera_multiply_adds']:7.0f} tera multiply-adds a second")
+        if line["stage"] == "mixed":
+            print(f"mixed {line['method']:13s} m {line['m']:3d} {line['us']:8.2f} us = {line['ratio']:.2f} of highest")
+    tuned = [line for line in run.lines if line["stage"] == "tune" and line["us"]]
+    for key, group in itertools.groupby(tuned, lambda line: (line["shape"], line["precision"])):
+        for line in sorted(group, key=lambda line: line["us"])[:3]:
+            print(f"tune {key[0]} p {key[1]} {line['us']:8.2f} us {100 * line['plane_share']:3.0f} % {line['tuning']}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="JSON lines, appended to")
+    parser.add_argument("--stages", nargs="*", choices=STAGES, default=STAGES)
+    parser.add_argument("--minutes", type=float, default=9, help="no new measurement begins after this")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("benchmarks/gpu.py needs an NVIDIA GPU, and torch sees none here")
+    why = toolchain.unsupported(torch.cuda.get_device_capability())
+    if why:
+        sys.exit(f"the CUDA backend cannot run here: {why}")
+    run, weights = Run(arguments.out, arguments.minutes), Weights()
+    large = SHAPES["llama-3.1-8b"] + SHAPES["llama-3.3-70b"]
+    stages = {
+        "check": lambda: check(run, weights),
+        "rates": lambda: rates(run, weights),
+        "time": lambda: timed(run, weights, "time", large, (1,), (2, 3, 4)),
+        "rows": lambda: timed(run, weights, "rows", TUNED_SHAPES, (2, 4, 8, 16, 32, 64, 128), (2, 4)),
+        "mixed": lambda: mixed(run, weights),
+        "tune": lambda: tune(run, weights),
+    }
+    with torch.inference_mode():
+        for name in arguments.stages:
+            began = time.monotonic()
+            stages[name]()
+            print(f"stage {name}: {time.monotonic() - began:.0f} s", flush=True)
+    table(run)
+
+
+if __name__ == "__main__":
+    main()

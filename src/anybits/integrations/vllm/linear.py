@@ -1,0 +1,163 @@
+"""Linear layers of vLLM over planes: fused, sharded, each row at its own precision."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
+from vllm.model_executor.parameter import (
+    ChannelQuantScaleParameter,
+    GroupQuantScaleParameter,
+    PackedvLLMParameter,
+)
+
+from anybits.bits import WORD, words
+from anybits.config import StoredConfig
+from anybits.errors import AnybitsError
+from anybits.integrations.vllm.rows import RowPrecisions
+from anybits.integrations.vllm.shards import check_columns
+from anybits.kernels import backend as kernels
+from anybits.kernels import cpu as _cpu  # noqa: F401  (registers the backend)
+from anybits.kernels import reference as _reference  # noqa: F401  (registers the backend)
+from anybits.weight import PlaneWeight, from_tensors, group_count
+
+
+@dataclass(eq=False)
+class Served:
+    """A weight as its backend holds it, and the precisions of the rows that meet it."""
+
+    backend: kernels.Backend
+    prepared: Any
+    rows: RowPrecisions
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x `[M, K]` @ W.T as `[M, N]`, each row at its precision."""
+        return self.backend.matmul(x, self.prepared, self.rows.of(x))
+
+
+_numbers = itertools.count()
+_layers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+
+def publish(value: Any) -> torch.Tensor:
+    """Return a handle of `value` for the operators below: int64 `[]` on the CPU; `value` stays the caller's.
+
+    A tensor and not an int, so that the compiled graphs of all layers are the same and are compiled once.
+    """
+    number = next(_numbers)
+    _layers[number] = value
+    return torch.tensor(number, dtype=torch.int64, device="cpu")
+
+
+def published(handle: torch.Tensor) -> Any:
+    """Return what `publish` was given."""
+    return _layers[int(handle)]
+
+
+def _linear(x: torch.Tensor, rows: torch.Tensor, layer: torch.Tensor, out_features: int) -> torch.Tensor:
+    """The body of anybits::vllm_linear; `rows` is the layer's buffer, an argument so that graphs see it."""
+    return published(layer)(x)
+
+
+def _fake_linear(x: torch.Tensor, rows: torch.Tensor, layer: torch.Tensor, out_features: int) -> torch.Tensor:
+    return x.new_empty(x.shape[0], out_features)
+
+
+_operators = torch.library.Library("anybits", "FRAGMENT")
+_operators.define("vllm_linear(Tensor x, Tensor rows, Tensor layer, SymInt out_features) -> Tensor")
+_operators.impl("vllm_linear", _linear, "CompositeExplicitAutograd")
+torch.library.register_fake("anybits::vllm_linear", _fake_linear, lib=_operators)
+
+
+@register_weight_loader_v2_supported_method
+class PlaneLinearMethod(LinearMethodBase):
+    """A linear layer whose matrix is planes.
+
+    stored: the config of the precisions that are loaded; prefix: the layer's name in vLLM.
+    """
+
+    def __init__(self, stored: StoredConfig, rows: RowPrecisions, prefix: str, capturing: bool) -> None:
+        self.stored, self.rows, self.prefix, self.capturing = stored, rows, prefix, capturing
+
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra: Any,
+    ) -> None:
+        """Register empty planes and levels of this rank's shard, of the shapes that docs/format.md gives."""
+        k, n = input_size_per_partition, sum(output_partition_sizes)
+        check_columns(self.prefix, input_size, k, self.stored.group_size)
+        planes = torch.empty(self.stored.precisions[-1], n, words(k), dtype=torch.int32)
+        loader = extra["weight_loader"]
+        layer.register_parameter(
+            "planes",
+            PackedvLLMParameter(
+                data=planes, input_dim=2, output_dim=1, packed_dim=2, packed_factor=WORD, weight_loader=loader
+            ),
+        )
+        group_size = self.stored.group_size
+        for name, shape in level_shapes(self.stored, n, k).items():
+            data = torch.full(shape, torch.nan, dtype=torch.float16)
+            if group_size is None or group_count(group_size, input_size) == 1:
+                parameter = ChannelQuantScaleParameter(data=data, output_dim=len(shape) - 2, weight_loader=loader)
+            else:
+                parameter = GroupQuantScaleParameter(
+                    data=data, output_dim=len(shape) - 2, input_dim=len(shape) - 1, weight_loader=loader
+                )
+            parameter.anybits_level = True
+            layer.register_parameter(name, parameter)
+        layer.register_buffer("row_precisions", self.rows.buffer, persistent=False)
+        layer.anybits_rows, layer.anybits_shape = self.rows, (n, k)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Hand the weight to its backend and drop the parameters that it was loaded into."""
+        if hasattr(layer, "plane_handle"):
+            raise AnybitsError("anybits layers cannot be loaded twice: start a new engine for new weights")
+        n, k = layer.anybits_shape
+        tensors = {name: getattr(layer, name).data for name in ("planes", *level_shapes(self.stored, n, k))}
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and tensor.isnan().any():
+                raise AnybitsError(f"the checkpoint has no {name} for {self.prefix}, or it is not a number")
+            delattr(layer, name)
+        weight = from_tensors(tensors, k, self.stored.group_size)
+        layer.anybits = serve(weight, self.rows, self.capturing)
+        layer.register_buffer("plane_handle", publish(layer.anybits), persistent=False)
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Return `[..., N]` in x's dtype for x `[..., K]`."""
+        n, k = layer.anybits_shape
+        y = torch.ops.anybits.vllm_linear(x.reshape(-1, k), layer.row_precisions, layer.plane_handle, n)
+        y = y.view(*x.shape[:-1], n)
+        return y if bias is None else y + bias
+
+
+def level_shapes(stored: StoredConfig, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of all levels of a matrix `[N, K]` by stored name."""
+    n = out_features
+    if stored.group_size is None:
+        return {f"centroids_{p}": (n, 2**p) for p in stored.precisions}
+    groups = group_count(stored.group_size, in_features)
+    shapes: dict[str, tuple[int, ...]] = {f"scales_{p}": (p, n, groups) for p in stored.precisions}
+    if not stored.symmetric:
+        shapes |= {f"offsets_{p}": (n, groups) for p in stored.precisions}
+    return shapes
+
+
+def serve(weight: PlaneWeight, rows: RowPrecisions, capturing: bool) -> Served:
+    """Return `weight` on the best backend of its device.
+
+    capturing: whether CUDA graphs will be captured, which the reference backend cannot be part of.
+    """
+    backend = kernels.choose(weight, weight.device)
+    if capturing and weight.device.type == "cuda" and backend.name == "reference":
+        raise AnybitsError("without a CUDA kernel anybits cannot run in CUDA graphs: start vLLM with --enforce-eager")
+    return Served(backend, backend.prepare(weight), rows)
