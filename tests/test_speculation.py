@@ -18,7 +18,7 @@ from anybits.decode.statistics import Statistics
 from anybits.integrations import transformers as hf
 from anybits.integrations.generation import ModelStepper
 from anybits.integrations.quantizing import quantize_model
-from anybits.integrations.row_invariance import row_invariant
+from anybits.integrations.row_invariance import BASES, row_invariant
 from conftest import save_tiny
 
 PROMPT = torch.tensor([[5, 9, 33, 7, 12, 40, 8, 21]])
@@ -292,4 +292,4 @@ def test_what_cannot_be_gets_one_sentence(model: transformers.PreTrainedModel, m
     with pytest.raises(AnybitsError, match=message) as caught:
         model.generate(**settings)
     assert "\n" not in str(caught.value)
-    assert model.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation in BASES

@@ -14,6 +14,7 @@ import torch
 from anybits import AnybitsError, DataAware, Recipe
 from anybits.integrations import swapping
 from anybits.integrations import transformers as hf
+from anybits.integrations.lazy import load_lazily
 from anybits.integrations.quantizing import quantize_model
 from anybits.quantize import activations, pipeline
 from anybits.quantize.activations import Activations
@@ -43,7 +44,7 @@ def test_sensitivity_is_the_sum_of_squared_gradients(tmp_path: Path, architectur
     tokens = torch.randint(3, 64, (3, 12), generator=torch.Generator().manual_seed(0))
     model = tiny_model(architecture)
     for lazy in (False, True):
-        skeleton, weights = hf.load_lazily(str(folder), tmp_path / "offload") if lazy else (model, None)
+        skeleton, weights = load_lazily(str(folder), tmp_path / "offload") if lazy else (model, None)
         swapping.run_experts_eagerly(skeleton)
         source = Source(skeleton, weights)
         targets = [find_targets(block) for block in source.blocks]
@@ -69,7 +70,7 @@ def test_sensitivity_is_the_sum_of_squared_gradients(tmp_path: Path, architectur
 
 def test_weights_are_in_memory_only_while_their_block_is_at_work(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "float", "llama", torch.bfloat16)
-    model, weights = hf.load_lazily(str(folder), tmp_path / "offload")
+    model, weights = load_lazily(str(folder), tmp_path / "offload")
     source = Source(model, weights)
     reference = hf.load_float_model(str(folder)).state_dict()
 

@@ -47,6 +47,7 @@ def quantize(
     steps: Annotated[int, typer.Option(help="Reconstruction steps a block and precision (preset best).")] = 200,
     seed: Annotated[int, typer.Option(help="Seed of all that is random: the same seed gives the same bytes.")] = 0,
     device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show time, memory and disk that it takes; stop.")] = False,
 ) -> None:
     """Quantize MODEL once, for all precisions.
 
@@ -56,8 +57,8 @@ def quantize(
     Example: `anybits quantize meta-llama/Llama-3.1-8B -o llama-any --precisions 2-4`
     """
     from anybits.config import Recipe, parse_precisions
-    from anybits.integrations.quantizing import quantize_model
-    from anybits.terminal import shown_progress
+    from anybits.integrations.quantizing import estimate_model, quantize_model
+    from anybits.terminal import estimate_table, shown_progress
 
     recipe = Recipe(
         method=method,
@@ -70,6 +71,9 @@ def quantize(
         steps=steps,
         seed=seed,
     )
+    if dry_run:
+        console.print(estimate_table(model, out, estimate_model(model, recipe)))
+        return
     with shown_progress(console) as progress:
         quantize_model(model, out, recipe, calibration, device, progress)
     console.print(f"wrote {out}: precisions {', '.join(map(str, recipe.precisions))}")
@@ -105,7 +109,7 @@ def generate(
     passes |= {"precision": precision, "statistics": (statistics := Statistics())}
     hf.generate_text(loaded, tokenizer, prompt, max_new_tokens, temperature, seed, stream=True, **passes)
     if statistics.tokens:
-        typer.echo(terminal.decoding_line(statistics), err=True)
+        typer.echo(terminal.passes_line(statistics), err=True)
 
 
 @app.command("eval", rich_help_panel="Main")
@@ -114,13 +118,19 @@ def evaluate(
     text: Annotated[
         Path | None, typer.Option(help="Text file to predict; keep it apart from calibration text.")
     ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="wikitext2, c4 or a Hugging Face dataset NAME[:CONFIG[:SPLIT[:COLUMN]]].")
+    ] = None,
     tasks: Annotated[str | None, typer.Option(help="lm-eval tasks instead of a text: TASK[,TASK].")] = None,
     include_path: Annotated[Path | None, typer.Option(help="Folder with lm-eval task files of your own.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Documents of each lm-eval task.")] = None,
     precisions: Annotated[
         str | None, typer.Option(help="Precisions and profiles, as 2,2.5,3 or 2-4. Default: all stored.")
     ] = None,
-    seq_len: Annotated[int, typer.Option(help="Tokens of a window; windows do not overlap.")] = 512,
+    seq_len: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
+    stride: Annotated[
+        int | None, typer.Option(help="Tokens between windows that overlap. Default: they do not overlap.")
+    ] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Use only this many tokens of the text.")] = None,
     reference: Annotated[
         str | None, typer.Option(help="The original float model: adds its perplexity, KL divergence and agreement.")
@@ -138,14 +148,15 @@ def evaluate(
     from anybits.integrations import transformers as hf
 
     chosen = hf.stored_config(model).singles if precisions is None else parse_singles(precisions)
-    if (text is None) == (tasks is None):
-        raise AnybitsError("eval needs one thing to measure: --text FILE or --tasks TASK[,TASK]")
+    if sum(given is not None for given in (text, dataset, tasks)) != 1:
+        raise AnybitsError("eval needs one thing to measure: --text FILE, --dataset NAME or --tasks TASK[,TASK]")
     if tasks is not None:
         _run_tasks(model, tasks, chosen, include_path, limit, json_)
         return
-    assert text is not None
+    corpus = evaluation.read_corpus(text, dataset)
+    most = max_tokens if max_tokens is not None or corpus.max_windows is None else corpus.max_windows * seq_len
     with terminal.counted(console, "evaluating") as step:
-        result = evaluation.evaluate(model, chosen, evaluation.read_text(text), seq_len, max_tokens, reference, step)
+        result = evaluation.evaluate(model, chosen, corpus.text, seq_len, most, reference, step, stride, corpus.source)
     console.print(terminal.result_table(result))
     if json_ is not None:
         checkpoint.write_json(json_, result.to_dict())
@@ -288,6 +299,13 @@ def bench(
     rounds: Annotated[int, typer.Option(help="Times that everything is measured in turn; medians are shown.")] = 5,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     json_: Annotated[Path | None, typer.Option("--json", help="Write one JSON object a line.")] = None,
+    e2e: Annotated[bool, typer.Option("--e2e", help="Time whole decode steps of a random-weight model.")] = False,
+    random: Annotated[bool, typer.Option("--random", help="Said for clarity: --e2e has no other weights.")] = False,
+    context: Annotated[str, typer.Option(help="Positions before the timed one, comma-separated (--e2e).")] = "512",
+    quantize_lm_head: Annotated[bool, typer.Option(help="Quantize the output layer too (--e2e).")] = False,
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="Layers of their own; others repeat them. Default: what fits (--e2e).")
+    ] = None,
 ) -> None:
     """Time the kernels: beside torch's bf16 product and the read bandwidth of the same run, correctness first.
 
@@ -296,6 +314,13 @@ def bench(
     from anybits import terminal
     from anybits.evaluate.kernels import bench_on
 
+    if e2e:
+        from anybits.evaluate.end_to_end import bench_decoding
+
+        method, positions = methods.split(",")[0], terminal.whole_numbers(context, "context")
+        for step in bench_decoding(shapes, precisions, positions, method, rounds, quantize_lm_head, layers, json_):
+            console.print(terminal.decode_line(step), highlight=False, soft_wrap=True)
+        return
     counts = terminal.whole_numbers(rows, "rows")
     timings = bench_on(device)(shapes, precisions, counts, methods.split(","), rounds=rounds, json_file=json_)
     for timing in timings:

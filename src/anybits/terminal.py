@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -15,10 +17,12 @@ from rich.table import Table
 from anybits.config import Single
 from anybits.decode.statistics import Statistics
 from anybits.errors import AnybitsError
+from anybits.evaluate.end_to_end import DecodeTiming
 from anybits.evaluate.kernels import KernelTiming
 from anybits.evaluate.profiling import Found
 from anybits.evaluate.profiling import Progress as Profiling
 from anybits.evaluate.report import Evaluation
+from anybits.quantize.estimate import Estimate
 from anybits.quantize.pipeline import BlockReport, Progress
 
 
@@ -88,6 +92,33 @@ def counted(console: Console, label: str) -> Iterator[Callable[[int, int], None]
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+def estimate_table(model: str, out: Path, estimate: Estimate) -> Table:
+    """Return what a run will take: sums first, then their parts."""
+    folder = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
+    title = f"{model}: {estimate.weights / 1e6:.1f} M weights to quantize; time is known within a factor of about two"
+    table = Table(title=title)
+    for column in ("", "", "at most at once"):
+        table.add_column(column, justify="left" if not column else "right")
+
+    def add(name: str, parts: dict[str, str], total: str) -> None:
+        table.add_row(name, "", total)
+        for part, value in parts.items():
+            table.add_row("", part, value)
+        table.add_section()
+
+    def gigabytes(size: float) -> str:
+        return f"{size / 1e9:.2f} GB"
+
+    def minutes(seconds: float) -> str:
+        return f"{seconds / 60:.1f} min"
+
+    add("time", {k: minutes(v) for k, v in estimate.seconds.items()}, minutes(sum(estimate.seconds.values())))
+    add("memory", {k: gigabytes(v) for k, v in estimate.memory.items()}, gigabytes(sum(estimate.memory.values())))
+    add("disk", {k: gigabytes(v) for k, v in estimate.disk.items()}, gigabytes(sum(estimate.disk.values())))
+    table.add_row("disk", "free where the result goes", gigabytes(shutil.disk_usage(folder).free))
+    return table
+
+
 @contextmanager
 def profiling_progress(console: Console) -> Iterator[Profiling]:
     """Give callbacks that show sensitivities and searches, and a line for each profile found."""
@@ -122,7 +153,9 @@ def profiling_progress(console: Console) -> Iterator[Profiling]:
 
 def result_table(evaluation: Evaluation) -> Table:
     """Return the table of an evaluation."""
-    table = Table(title=f"{evaluation.model}: {evaluation.text_tokens} tokens in windows of {evaluation.seq_len}")
+    windows = f"windows of {evaluation.seq_len} {_overlap(evaluation.stride)}"
+    about = f"{evaluation.text}, " if evaluation.text else ""
+    table = Table(title=f"{evaluation.model}: {about}{evaluation.text_tokens} tokens in {windows}")
     for column in ("precision", "MB read", "bits/weight", "perplexity", "KL", "top-1 agreement"):
         table.add_column(column, justify="right")
     for r in evaluation.results:
@@ -134,6 +167,10 @@ def result_table(evaluation: Evaluation) -> Table:
         reference = evaluation.reference
         table.add_row("float", f"{reference.weight_bytes / 1e6:.2f}", "", f"{reference.perplexity:.3f}", "", "")
     return table
+
+
+def _overlap(stride: int | None) -> str:
+    return "without overlap" if stride is None else f"every {stride} tokens, each token counted once"
 
 
 def task_table(model: str, results: dict[Single, dict[str, dict[str, Any]]]) -> Table:
@@ -168,7 +205,7 @@ def timing_line(timing: KernelTiming) -> str:
     )
 
 
-def decoding_line(statistics: Statistics) -> str:
+def passes_line(statistics: Statistics) -> str:
     """Return one line about a generation with drafts or a schedule."""
     rate = f"{statistics.tokens / statistics.seconds:.1f} tokens/s"
     at = ", ".join(f"{count} at {p} bits" for p, count in sorted(statistics.steps_at.items(), key=str))
@@ -179,6 +216,19 @@ def decoding_line(statistics: Statistics) -> str:
     return (
         f"{statistics.tokens} tokens after the first, {rate}{gain}; {statistics.drafted} drafted in "
         f"{statistics.rounds} rounds, {kept}; {statistics.steps} plain passes"
+    )
+
+
+def decode_line(timing: DecodeTiming) -> str:
+    """Return one line about one timed decode step."""
+    name = "bf16" if timing.precision == 16 else f"{timing.method} {timing.precision} bits"
+    layers = f"{timing.layers} layers"
+    if timing.distinct_layers < timing.layers:
+        layers += f", {timing.distinct_layers} of them distinct"
+    head = ", head quantized" if timing.quantized_head and timing.precision != 16 else ""
+    return (
+        f"{timing.model}  {name:20s} context {timing.context:6d}  {timing.ms:8.1f} ms  "
+        f"{timing.tokens_per_s:7.2f} tokens/s  {timing.gb_per_s:6.1f} GB/s  {timing.speedup_vs_bf16:5.1f} x bf16  ({layers}{head})"
     )
 
 

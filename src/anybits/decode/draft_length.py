@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 MAX_DRAFT = 6
-"""Tokens drafted in one round at most: up to 7 rows the kernels give each row the bits that it gets alone."""
+"""Tokens drafted in one round at most: 7 rows stay far below the rows from which kernels give way to a GEMM."""
 
 
 def expected_tokens(acceptance: float, drafts: int) -> float:

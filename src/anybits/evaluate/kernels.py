@@ -176,9 +176,19 @@ def _time_shape(
         )  # fmt: skip
 
 
-def _candidates(method: str, weight: PlaneWeight, x: torch.Tensor, precisions: Sequence[int]) -> Iterator[_Candidate]:
+def check_kernels(weight: PlaneWeight, method: str, precisions: Sequence[int]) -> None:
+    """Raise AnybitsError when a product of one bfloat16 row with `weight` is wrong at any precision."""
+    for _ in _candidates(method, weight, torch.randn(1, weight.in_features).bfloat16(), precisions, 1):
+        pass
+
+
+def _candidates(
+    method: str, weight: PlaneWeight, x: torch.Tensor, precisions: Sequence[int], count: int | None = None
+) -> Iterator[_Candidate]:
+    """Yield what to time at each precision; count: copies to read in turn, None for as many as exceed the caches."""
     backend = kernels.choose(weight, x.device)
-    copies = [backend.prepare(weight) for _ in range(copies_beyond_cache(weight.weight_bytes(precisions[-1])))]
+    count = count or copies_beyond_cache(weight.weight_bytes(precisions[-1]))
+    copies = [backend.prepare(weight) for _ in range(count)]
     for p in precisions:
         error = _error(backend.matmul(x, copies[0], p), x, weight, p)
         if not error < _LARGEST_ERROR:

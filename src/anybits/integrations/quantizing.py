@@ -11,11 +11,12 @@ from torch import nn
 from anybits import checkpoint
 from anybits.config import Recipe, Single, StoredConfig
 from anybits.errors import AnybitsError
-from anybits.integrations import swapping
+from anybits.integrations import lazy, swapping
 from anybits.integrations import transformers as hf
 from anybits.integrations.model_card import model_card
 from anybits.quantize import pipeline
 from anybits.quantize.calibration import DEFAULT_DATASET, Calibration, read_texts, sample_windows
+from anybits.quantize.estimate import Estimate, estimate
 
 OFFLOAD_FOLDER = "offload"
 """Where transformers keeps what it has to convert while loading, such as the experts of most mixtures."""
@@ -41,7 +42,7 @@ def quantize_model(
         raise AnybitsError(f"device '{device}' is unknown: quantization runs on auto or cpu")
     folder = Path(out)
     texts = _texts(recipe, calibration)
-    model, weights = hf.load_lazily(source, folder / OFFLOAD_FOLDER)
+    model, weights = lazy.load_lazily(source, folder / OFFLOAD_FOLDER)
     swapping.run_experts_eagerly(model)
     tokenizer = hf.load_tokenizer(source) if texts is not None else None
     windows: Calibration | None = None
@@ -57,6 +58,11 @@ def quantize_model(
 
     config = hf.plain_config(model)
     return pipeline.quantize(model, config, recipe, windows, folder, __version__, progress, weights, last_step)
+
+
+def estimate_model(source: str, recipe: Recipe) -> Estimate:
+    """Return what quantizing `source` will take, from its config and samples timed here; reads no weights."""
+    return estimate(lazy.skeleton(source), recipe)
 
 
 def _texts(recipe: Recipe, calibration: str | Sequence[str] | None) -> list[str] | None:

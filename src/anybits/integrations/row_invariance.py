@@ -8,17 +8,24 @@ whose two best logits lie closer than rounding can move them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from anybits.integrations import decoding
 from anybits.integrations import transformers as hf
 
-NAME = "anybits_rows"
+BASES: dict[str, Callable[..., tuple[torch.Tensor, None]]] = {
+    "sdpa": hf.sdpa_attention,
+    decoding.NAME: decoding.attend,
+}
+"""Implementations of attention whose rows can be run one by one: a mask of theirs says nothing but what is past."""
+
 _verifying: ContextVar[bool] = ContextVar("anybits_verifying", default=False)
 
 
@@ -33,23 +40,30 @@ def verifying() -> Iterator[None]:
 
 
 def _attend(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, **kwargs: Any
+    base: Callable[..., tuple[torch.Tensor, None]],
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Return `[1, M, H, D]` for query `[1, H, M, D]`, key and value `[1, Hkv, L, D]` whose last M positions are new."""
     rows, length = query.shape[2], key.shape[2]
     if rows == 1 or not _verifying.get():
-        return hf.sdpa_attention(module, query, key, value, mask, **kwargs)
+        return base(module, query, key, value, mask, **kwargs)
     window = kwargs.get("sliding_window")
     out = []
     for row in range(rows):
         stop = length - rows + row + 1
         start = 0 if window is None else max(0, stop - window)
         seen = key[:, :, start:stop], value[:, :, start:stop]
-        out.append(hf.sdpa_attention(module, query[:, :, row : row + 1], *seen, None, **kwargs)[0])
+        out.append(base(module, query[:, :, row : row + 1], *seen, None, **kwargs)[0])
     return torch.cat(out, dim=1), None
 
 
-hf.register_attention(NAME, _attend, like="sdpa")
+for _name, _base in BASES.items():
+    hf.register_attention(f"{_name}_by_rows", partial(_attend, _base), like="sdpa")
 
 
 @contextmanager
@@ -57,11 +71,11 @@ def row_invariant(model: Any, greedy: bool, processed: bool) -> Iterator[None]:
     """Make `verifying()` passes of `model` row-invariant in the body.
 
     greedy: the head matters, as tokens are its best logits; processed: logits are changed before a token is
-    chosen, so that no row is safe from a tie. Models with another attention than torch's keep their own.
+    chosen, so that no row is safe from a tie. Models with another attention than those of BASES keep it.
     """
-    switched = model.config._attn_implementation == "sdpa"
-    if switched:
-        model.set_attn_implementation(NAME)
+    own = model.config._attn_implementation
+    if own in BASES:
+        model.set_attn_implementation(f"{own}_by_rows")
     head = model.get_output_embeddings()
     hooked = greedy and type(head) is nn.Linear
     handle = head.register_forward_hook(_Head(head, processed)) if hooked else None
@@ -70,8 +84,8 @@ def row_invariant(model: Any, greedy: bool, processed: bool) -> Iterator[None]:
     finally:
         if handle is not None:
             handle.remove()
-        if switched:
-            model.set_attn_implementation("sdpa")
+        if own in BASES:
+            model.set_attn_implementation(own)
 
 
 class _Head:

@@ -17,12 +17,11 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate.hooks import remove_hook_from_submodules
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import GenerateDecoderOnlyOutput
-from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa_attention  # noqa: F401  (for row_invariance)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa_attention  # noqa: F401
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -128,6 +127,9 @@ class AnybitsQuantizer(HfQuantizer):
         model.anybits_bytes_read = self.reader.bytes_read
         self.reader = None
         attach_precision(model, self.default)
+        from anybits.integrations import decoding  # it builds on this module
+
+        decoding.use_decode_attention(model)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -194,7 +196,7 @@ def stored_config(path: str | Path) -> StoredConfig:
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise AnybitsError(f"{path} is neither a model folder nor a reachable hub name: {_first_line(error)}") from None
+        raise AnybitsError(f"{path} is neither a model folder nor a reachable hub name: {first_line(error)}") from None
     stored = getattr(config, "quantization_config", None)
     if not isinstance(stored, dict):
         raise AnybitsError(f"{path} is not quantized: its config.json has no quantization_config")
@@ -222,49 +224,15 @@ def load_float_model(path: str, **kwargs: Any) -> PreTrainedModel:
         try:
             model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
         except (OSError, ValueError, KeyError) as error:
-            raise AnybitsError(f"{path} cannot be loaded as a causal language model: {_first_line(error)}") from None
-    _refuse_quantized(path, model.config)
+            raise AnybitsError(f"{path} cannot be loaded as a causal language model: {first_line(error)}") from None
+    refuse_quantized(path, model.config)
     return model
 
 
-def _refuse_quantized(path: str, config: Any) -> None:
+def refuse_quantized(path: str, config: Any) -> None:
+    """Raise AnybitsError when `config` says that the model at `path` is quantized."""
     if getattr(config, "quantization_config", None) is not None:
         raise AnybitsError(f"{path} is quantized already: give the original float model")
-
-
-def load_lazily(path: str, offload: Path) -> tuple[PreTrainedModel, Mapping[str, torch.Tensor]]:
-    """Return a float model on the meta device, and its weights by name, each read from its file when it is asked for.
-
-    offload: folder for weights that transformers converts while loading, such as fused experts; the files serve
-    all others as they are. Raises AnybitsError like load_float_model.
-    """
-    with quiet_transformers():
-        try:
-            config = AutoConfig.from_pretrained(path)
-            _refuse_quantized(path, config)
-            with torch.device("meta"):
-                skeleton = AutoModelForCausalLM.from_config(config)
-        except (OSError, ValueError, KeyError) as error:
-            raise AnybitsError(f"{path} cannot be loaded as a causal language model: {_first_line(error)}") from None
-    model = load_float_model(path, device_map=_all_on_disk(skeleton), offload_folder=str(offload))
-    hooks = [module._hf_hook for module in model.modules() if hasattr(module, "_hf_hook")]
-    weights = next(hook.weights_map.dataset for hook in hooks if getattr(hook, "weights_map", None) is not None)
-    remove_hook_from_submodules(model)
-    return model, weights
-
-
-def _all_on_disk(model: nn.Module) -> dict[str, str]:
-    """Return a device map that leaves every module that has parameters on disk, except for the smallest.
-
-    One has to be in memory: accelerate refuses to load nothing.
-    """
-    sizes = {
-        name: sum(p.numel() for p in module.parameters())
-        for name, module in model.named_modules()
-        if next(module.children(), None) is None or next(module.parameters(recurse=False), None) is not None
-    }
-    smallest = min((size, name) for name, size in sizes.items() if size)[1]
-    return {name: "disk" if size and name != smallest else "cpu" for name, size in sizes.items()}
 
 
 def empty_model(folder: Path) -> PreTrainedModel:
@@ -275,7 +243,7 @@ def empty_model(folder: Path) -> PreTrainedModel:
             with torch.device("meta"):
                 return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         except Exception as error:  # whatever a wrong value in the file breaks in the model's own code
-            raise AnybitsError(f"{folder}/config.json describes no model: {_first_line(error)}") from None
+            raise AnybitsError(f"{folder}/config.json describes no model: {first_line(error)}") from None
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -283,10 +251,11 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(path)
     except Exception as error:  # the tokenizers library raises Exception itself for a damaged file
-        raise AnybitsError(f"{path} has no tokenizer that can be loaded: {_first_line(error)}") from None
+        raise AnybitsError(f"{path} has no tokenizer that can be loaded: {first_line(error)}") from None
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's text, or its kind."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -323,7 +292,7 @@ def forget_quantization(model: PreTrainedModel) -> None:
 
 
 def register_attention(name: str, function: Callable[..., Any], like: str | None = None) -> None:
-    """Let models be switched to `function` by `set_attn_implementation(name)`; masks are those of `like`."""
+    """Let models be switched to `function` by `set_attn_implementation(name)`; like: whose masks it gets."""
     transformers.AttentionInterface.register(name, function)
     if like is not None:
         transformers.AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[like])

@@ -29,7 +29,9 @@ class Moments:
     cross: torch.Tensor | None
 
     def reorder(self, order: torch.Tensor) -> Moments:
-        """Return the moments with columns permuted: column i of the result is column order[i]."""
+        """Return the moments with columns permuted, column i of the result being column order[i]."""
+        if torch.equal(order, torch.arange(len(order), device=order.device)):
+            return self
         cross = None if self.cross is None else self.cross[:, order][:, :, order]
         return Moments(self.hessian[:, order][:, :, order], cross)
 
@@ -65,24 +67,29 @@ def problem(moments: Moments, damping: float, correction: float) -> Problem:
     """Return the quadratic problem of moments.
 
     damping: added to the diagonal, relative to its mean, so that directions the text never showed keep the weights
-    near their values; correction: share of the way from W to W C H^-1 that the target goes.
+    near their values; correction: share of the way from W to W C H^-1 that the target goes. The Hessians are replaced
+    by the problem's in the same memory: they are the largest thing that a run holds.
     """
-    hessians, factors, shifts = [], [], []
-    for i, moment in enumerate(moments.hessian):
+    hessians, factors = moments.hessian, torch.empty_like(moments.hessian)
+    cross = moments.cross if correction and moments.cross is not None and len(moments.cross) else None
+    shifts = None if cross is None else torch.empty_like(hessians)
+    for i, moment in enumerate(hessians):
         # A layer that saw nothing is as good as one that saw white noise.
         mean = moment.diagonal().double().mean()
         mean = mean if mean > 0 else mean + 1
-        h = moment.double() / mean
+        h = moment.double().div_(mean)
         h.diagonal().add_(damping if moment.any() else 1.0)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
-        if moments.cross is not None and len(moments.cross) and correction:
+        if cross is not None and shifts is not None:
             shift = torch.eye(len(h), dtype=h.dtype, device=h.device)
-            if i < len(moments.cross):
-                shift += inverse @ (correction / mean * (moments.cross[i] - moment).double().T)
-            shifts.append(shift.float())
-        hessians.append(h.float())
-        factors.append(torch.linalg.cholesky(inverse, upper=True).float())
-    return Problem(torch.stack(hessians), torch.stack(factors), torch.stack(shifts) if shifts else None)
+            if i < len(cross):
+                shift += inverse @ (correction / mean * (cross[i] - moment).double().T)
+            shifts[i] = shift
+            del shift  # of float64, as large as all that follows
+        moment.copy_(h)
+        del h
+        factors[i] = torch.linalg.cholesky(inverse, upper=True)
+    return Problem(hessians, factors, shifts)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,8 @@ def improve_block(
     """Return `start`, the block's data-free weights by module, with codes and levels that fit their inputs.
 
     float_path, paths: the block's inputs `[batch, tokens, hidden]` from the float model and from the model quantized
-    at each precision so far; those of precisions above settings.own_inputs are not looked at. Fused experts keep their data-free codes: their inputs cannot be told apart.
+    at each precision so far; those of precisions above settings.own_inputs are not looked at. Fused experts keep
+    their data-free codes: their inputs cannot be told apart.
     """
     by_module = {t.module: t for t in targets}
     like = dict(runner.block.named_parameters())
@@ -44,7 +45,7 @@ def improve_block(
         for group, moments in zip(groups, found, strict=True):
             # One pass over the columns serves all layers that see this input: their rows are independent.
             together = torch.cat([matrix(like[by_module[module].parameter]) for module in group])
-            better = improve(together, join_rows([start[module] for module in group]), moments, settings)
+            better = improve(together, join_rows([start[module] for module in group]), moments, settings, True)
             first = 0
             for module in group:
                 target = by_module[module]

@@ -1,0 +1,57 @@
+"""A float model whose weights stay in their files: a skeleton on the meta device, and a mapping that reads them.
+
+transformers' own offloading does the work: it knows which file holds which weight, under which name, and rewrites
+only what it has to convert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from accelerate.hooks import remove_hook_from_submodules
+from torch import nn
+
+from anybits.errors import AnybitsError
+from anybits.integrations import transformers as hf
+
+
+def skeleton(path: str) -> hf.PreTrainedModel:
+    """Return the float model on the meta device, in its stored dtype; raises AnybitsError like load_float_model."""
+    with hf.quiet_transformers():
+        try:
+            config = hf.AutoConfig.from_pretrained(path)
+            hf.refuse_quantized(path, config)
+            with torch.device("meta"):
+                return hf.AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+        except (OSError, ValueError, KeyError) as error:
+            reason = hf.first_line(error)
+            raise AnybitsError(f"{path} cannot be loaded as a causal language model: {reason}") from None
+
+
+def load_lazily(path: str, offload: Path) -> tuple[hf.PreTrainedModel, Mapping[str, torch.Tensor]]:
+    """Return a float model on the meta device, and its weights by name, each read from its file when it is asked for.
+
+    offload: folder for weights that transformers converts while loading, such as fused experts; the files serve
+    all others as they are. Raises AnybitsError like load_float_model.
+    """
+    model = hf.load_float_model(path, device_map=_all_on_disk(skeleton(path)), offload_folder=str(offload))
+    hooks = [module._hf_hook for module in model.modules() if hasattr(module, "_hf_hook")]
+    weights = next(hook.weights_map.dataset for hook in hooks if getattr(hook, "weights_map", None) is not None)
+    remove_hook_from_submodules(model)
+    return model, weights
+
+
+def _all_on_disk(model: nn.Module) -> dict[str, str]:
+    """Return a device map that leaves every module that has parameters on disk, except for the smallest.
+
+    One has to be in memory: accelerate refuses to load nothing.
+    """
+    sizes = {
+        name: sum(p.numel() for p in module.parameters())
+        for name, module in model.named_modules()
+        if next(module.children(), None) is None or next(module.parameters(recurse=False), None) is not None
+    }
+    smallest = min((size, name) for name, size in sizes.items() if size)[1]
+    return {name: "disk" if size and name != smallest else "cpu" for name, size in sizes.items()}

@@ -1,0 +1,218 @@
+"""What a run will take, before it: seconds from samples timed on this machine, memory and disk from shapes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from anybits.config import Recipe
+from anybits.quantize import anybcq, anyprecision, data_aware
+from anybits.quantize.activations import IN_MEMORY
+from anybits.quantize.hessian import Moments
+from anybits.quantize.pipeline import REST_BYTES, walk_bytes
+from anybits.quantize.source import Source
+from anybits.quantize.targets import Target, find_targets
+from anybits.weight import PlaneWeight, group_count
+
+LIBRARIES = 450 << 20
+"""Bytes of Python with torch and transformers imported."""
+
+MATRIX_COPIES = 7
+"""Float32 copies of the largest matrix that the data-free quantizers hold at once, their chunks included."""
+
+FACTOR_COPIES = 8
+"""Float32 `[K, K]` matrices' worth of float64 ones that live while one Hessian is factorised."""
+
+PARTIAL_FORWARD = 0.6
+"""Share of a block that runs to reach a group of layers, on average over the groups."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """seconds; memory, disk: bytes at the peak, by what takes them; weights: how many are quantized."""
+
+    weights: int
+    seconds: dict[str, float]
+    memory: dict[str, int]
+    disk: dict[str, int]
+
+
+def estimate(model: nn.Module, recipe: Recipe) -> Estimate:
+    """Return what quantizing `model`, which may be on the meta device, will take; times samples for some seconds."""
+    source = Source(model)
+    targets = [find_targets(block) for block in source.blocks]
+    tokens = recipe.samples * recipe.seq_len if recipe.needs_text else 0
+    shape = _Shape(source, targets, tokens, recipe)
+    return Estimate(shape.weights, shape.seconds(), shape.memory(), shape.disk())
+
+
+class _Shape:
+    """The sizes that everything is computed from."""
+
+    def __init__(self, source: Source, targets: list[list[Target]], tokens: int, recipe: Recipe) -> None:
+        self.source, self.recipe, self.tokens = source, recipe, tokens
+        self.targets = [target for block in targets for target in block]
+        self.block = max(targets, key=lambda block: sum(_numel(t) for t in block))
+        self.blocks = len(targets)
+        self.weights = sum(_numel(t) for t in self.targets)
+        self.precisions = len(recipe.precisions)
+        self.activations = walk_bytes(tokens, source.hidden_size(), self.precisions)
+
+    def memory(self) -> dict[str, int]:
+        """Return the peak by part: the parts of one block's work, which are alive together."""
+        largest = max(_numel(t) for t in self.block)
+        block = sum(_numel(t) for t in self.block)
+        rest = [t.nbytes for t in (self.source.tensors[name] for name in self.source.rest_names())]
+        parts = {"libraries": LIBRARIES, "block": block * self.source.dtype.itemsize}
+        if self.recipe.uses_hessian:
+            widest = max(t.in_features for t in self.block)
+            parts["block in float32, and dequantized at each precision"] = 4 * block * (1 + self.precisions)
+            parts["Hessians"] = 4 * widest * widest * (self._hessians() + FACTOR_COPIES)
+        elif self.recipe.reconstructs:
+            parts["block in float32, and dequantized at each precision"] = 4 * block * (1 + self.precisions)
+        if not self.recipe.uses_hessian:
+            parts["largest matrix at work"] = 4 * largest * MATRIX_COPIES
+        if self.tokens and self.activations <= IN_MEMORY:
+            parts["activations"] = self.activations
+        alone = LIBRARIES + max(max(rest, default=0), min(sum(rest), REST_BYTES))
+        if alone > sum(parts.values()):  # embeddings and head are written by themselves
+            return {"libraries": LIBRARIES, "embeddings and head": alone - LIBRARIES}
+        return parts
+
+    def _hessians(self) -> int:
+        """Return how many `[K, K]` matrices are kept: Hessians, their factors, cross moments and shifts."""
+        assert self.recipe.data_aware is not None
+        own = sum(p <= self.recipe.data_aware.own_inputs for p in self.recipe.precisions)
+        kept = own + (own < self.precisions)
+        return 3 * kept + own + (3 * self.precisions if kept < self.precisions else 0)
+
+    def disk(self) -> dict[str, int]:
+        """Return the bytes of the result, and of what lies beside it until the run ends."""
+        quantized = {t.parameter for t in self.block}
+        tied = set(getattr(self.source.model, "all_tied_weights_keys", None) or {})
+        kept = sum(
+            t.nbytes
+            for name, t in self.source.tensors.items()
+            if name not in tied and not any(name.endswith(f".{q}") for q in quantized)
+        )
+        parts = {"result": sum(_stored_bytes(t, self.recipe) for t in self.targets) + kept}
+        if self.activations > IN_MEMORY:
+            parts["activations, until the end"] = self.activations
+        if self.recipe.method == "any-precision" and self.recipe.needs_text:
+            width = self.source.hidden_size() * self.source.dtype.itemsize
+            parts["sensitivities, until the end"] = 4 * self.weights + (self.blocks + 2) * self.tokens * width
+        stacks = sum(p.nbytes for p in self.source.model.parameters() if p.ndim == 3)
+        if stacks:
+            parts["experts as transformers converts them, until the end"] = stacks
+        return parts
+
+    def seconds(self) -> dict[str, float]:
+        """Return the time by part."""
+        parts = {"codes and levels": self.weights * _data_free_seconds(self.block, self.recipe)}
+        if not self.tokens:
+            return parts
+        rate = _multiply_adds_a_second()
+        forward = self.tokens * self.weights / rate
+        paths = 1 + self.precisions
+        if self.recipe.method == "any-precision":
+            parts["sensitivities"] = 4 * forward
+        if self.recipe.uses_hessian:
+            cost = _Cost.measured(self.recipe)
+            inputs: dict[int, list[Target]] = {}
+            for t in self.block:
+                inputs.setdefault(t.in_features, []).append(t)
+            # q/k/v and gate/up read one input: about 4 groups of 7 layers, each with moments and a factorisation
+            groups = [g for ts in inputs.values() for g in _halves(ts)]
+            parts["data-aware codes"] = self.blocks * sum(
+                cost(g[0].in_features, sum(t.out_features for t in g)) for g in groups
+            )
+            moments = 2 * self.precisions * self.tokens * sum(g[0].in_features ** 2 for g in groups) * self.blocks
+            parts["running the blocks"] = paths * forward * (1 + PARTIAL_FORWARD * len(groups)) + moments / rate
+        if self.recipe.reconstructs:
+            step = 3 * self.recipe.batch * self.recipe.seq_len * self.weights / rate
+            parts["reconstruction"] = self.recipe.steps * self.precisions * step + paths * forward
+        return parts
+
+
+def _numel(target: Target) -> int:
+    return target.out_features * target.in_features
+
+
+def _halves(targets: list[Target]) -> list[list[Target]]:
+    """Split layers of one width into those of the attention's input and the rest, as a decoder block has them."""
+    first = [t for t in targets if any(part in t.module for part in ("q_", "k_", "v_", "qkv"))]
+    return [group for group in (first, [t for t in targets if t not in first]) if group]
+
+
+def _stored_bytes(target: Target, recipe: Recipe) -> int:
+    rows, columns = target.out_features, target.in_features
+    size = recipe.precisions[-1] * rows * -(-columns // 32) * 4
+    for p in recipe.precisions:
+        if recipe.method == "any-precision":
+            size += 2 * rows * 2**p
+        else:
+            size += 2 * rows * group_count(recipe.group_size, columns) * (p + (not recipe.symmetric))
+    return size
+
+
+def _timed(work: Callable[[], object]) -> float:
+    """Return the seconds of the second of two calls: the first also loads libraries."""
+    work()
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def _multiply_adds_a_second() -> float:
+    x, w = torch.randn(512, 1024), torch.randn(1024, 1024)
+    return 512 * 1024 * 1024 / _timed(lambda: x @ w.T)
+
+
+def _data_free(weight: torch.Tensor, recipe: Recipe) -> PlaneWeight:
+    if recipe.method == "any-precision":
+        return anyprecision.quantize_matrix(weight, None, recipe.precisions)
+    return anybcq.quantize_matrix(weight, recipe.precisions, recipe.group_size, recipe.symmetric, recipe.rounds)
+
+
+def _data_free_seconds(block: list[Target], recipe: Recipe) -> float:
+    """Return seconds a weight of the data-free quantizer, from some rows of the block's largest matrix."""
+    largest = max(block, key=_numel)
+    weight = torch.randn(min(largest.out_features, max(16, (1 << 20) // largest.in_features)), largest.in_features)
+    return _timed(lambda: _data_free(weight, recipe)) / weight.numel()
+
+
+@dataclass(frozen=True)
+class _Cost:
+    """Seconds of data-aware codes for K columns and N rows: N K column + N K² square + K³ cube."""
+
+    column: float
+    square: float
+    cube: float
+
+    def __call__(self, columns: int, rows: int) -> float:
+        return rows * columns * (self.column + columns * self.square) + columns**3 * self.cube
+
+    @classmethod
+    def measured(cls, recipe: Recipe) -> _Cost:
+        """Solve for the three from samples of two widths and two heights."""
+        narrow, wide, few, many = 256, 768, 32, 256
+        slope = {}
+        for columns in (narrow, wide):
+            times = [_data_aware_seconds(columns, rows, recipe) for rows in (few, many)]
+            slope[columns] = max(times[1] - times[0], 0.0) / (many - few) / columns
+            fixed = max(times[0] - few * columns * slope[columns], 0.0)
+        square = max(slope[wide] - slope[narrow], 0.0) / (wide - narrow)
+        return cls(max(slope[narrow] - narrow * square, 0.0), square, fixed / wide**3)
+
+
+def _data_aware_seconds(columns: int, rows: int, recipe: Recipe) -> float:
+    assert recipe.data_aware is not None
+    settings, weight = recipe.data_aware, torch.randn(rows, columns)
+    start = _data_free(weight, recipe)
+    x = torch.randn(2 * columns, columns)
+    hessian = (x.T @ x).expand(len(recipe.precisions), -1, -1)
+    return _timed(lambda: data_aware.improve(weight, start, Moments(hessian.clone(), hessian.clone()), settings))
