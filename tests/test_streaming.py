@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from anybits import AnybitsError, DataAware, Recipe
+from anybits import AnybitsError, DataAware, Recipe, checkpoint
 from anybits.integrations import transformers as hf
 from anybits.integrations.lazy import load_lazily
-from anybits.integrations.quantizing import quantize_model
+from anybits.integrations.quantizing import estimate_model, quantize_model
 from anybits.quantize import activations, pipeline
 from anybits.quantize.activations import Activations
 from anybits.quantize.head import find_head
@@ -263,3 +263,19 @@ def test_the_head_is_quantized_when_it_is_wanted(tmp_path: Path, method: str, ar
 
 def find_embedding(model: torch.nn.Module) -> str:
     return next(name for name, _ in model.named_parameters() if name.endswith("embed_tokens.weight"))
+
+
+@pytest.mark.parametrize("method", RECIPES)
+def test_a_dry_run_knows_the_result_and_writes_nothing(tmp_path: Path, method: str) -> None:
+    source = save_tiny(tmp_path / "float", "llama")
+    recipe = replace(RECIPES[method], quantize_lm_head=True)
+    before = sorted(tmp_path.rglob("*"))
+    found = estimate_model(str(source), recipe)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert min(found.seconds.values()) > 0
+    assert ("sensitivities" in found.seconds) == (method == "any-precision")
+    quantize_model(str(source), tmp_path / "out", recipe, TEXT)
+    stored = checkpoint.CheckpointReader(
+        checkpoint.checkpoint_files(tmp_path / "out"), hf.stored_config(tmp_path / "out")
+    )
+    assert found.disk["result"] == sum(stored.stored_bytes(name) for name in stored.names())

@@ -95,9 +95,10 @@ def estimate_table(model: str, out: Path, estimate: Estimate) -> Table:
     """Return what a run will take: sums first, then their parts."""
     folder = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
     title = f"{model}: {estimate.weights / 1e6:.1f} M weights to quantize; time is known within a factor of about two"
-    table = Table(title=title)
-    for column in ("", "", "at most at once"):
-        table.add_column(column, justify="left" if not column else "right")
+    table = Table(title=title, show_header=False)
+    table.add_column()
+    table.add_column()
+    table.add_column(justify="right")
 
     def add(name: str, parts: dict[str, str], total: str) -> None:
         table.add_row(name, "", total)
