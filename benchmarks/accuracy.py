@@ -123,7 +123,7 @@ def alone(job: Job) -> Dense:
 
 NO_DATA = {"preset": "default", "data_aware": None}
 OURS = DataAware()
-PLAIN = DataAware(feedback=False, descents=0, refit_sweeps=0, codebook_iterations=0, correction=0.0)
+PLAIN = DataAware(balancing=0, feedback=False, descents=0, refit_sweeps=0, codebook_iterations=0, correction=0.0)
 GPTQ = replace(PLAIN, feedback=True)
 
 Variant = tuple[Callable[[Job], Dense], dict[str, object]]
@@ -135,8 +135,9 @@ VARIANTS: dict[str, Variant] = {
     "AnyBCQ as published, alone": (alone, {"preset": "best", "data_aware": None}),
     "+ refit": (run_recipe, {"data_aware": replace(PLAIN, refit_sweeps=2)}),
     "+ joint feedback": (run_recipe, {"data_aware": replace(GPTQ, refit_sweeps=2)}),
-    "+ descent": (run_recipe, {"data_aware": replace(GPTQ, refit_sweeps=2, descents=OURS.descents)}),
-    "+ corrected targets (default)": (run_recipe, {}),
+    "+ descent": (run_recipe, {"data_aware": replace(OURS, balancing=0, correction=0.0)}),
+    "+ balanced start": (run_recipe, {"data_aware": replace(OURS, correction=0.0)}),
+    "ours, default": (run_recipe, {}),
     "ours, default, alone": (alone, {}),
     "ours, best": (run_recipe, {"preset": "best"}),
     "ours, best, alone": (alone, {"preset": "best"}),
@@ -168,15 +169,20 @@ def measure(arguments: argparse.Namespace) -> None:
     encode = hf.encoder(hf.load_tokenizer(arguments.model))
     windows = split_windows(encode(Path(arguments.text).read_text("utf-8")), 512, arguments.max_tokens)
     text = Path(arguments.calibration).read_text("utf-8")
-    done = {(r["variant"], r["seed"]) for r in read(arguments.out)}
+    label = f"{Path(arguments.model).resolve().name} ({model.config.model_type})"
+    done = {(r["model"], r["variant"], r["seed"]) for r in read(arguments.out)}
+    started = time.monotonic()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     base = losses(model, windows, {})[16]
     for seed in arguments.seeds:
         calibration = sample_windows([text], encode, arguments.samples, 512, seed, "calibration text")
         for name in arguments.variants or VARIANTS:
             run, changes = VARIANTS[name]
-            if (name, seed) in done:
+            if (label, name, seed) in done:
                 continue
+            if time.monotonic() - started > 60 * arguments.minutes:
+                print(f"{arguments.minutes} minutes are over: repeat the command to go on")
+                return
             precisions = parse_precisions(arguments.precisions)
             start = Recipe(precisions=precisions, seed=seed, samples=arguments.samples, steps=arguments.steps)
             recipe = replace(start, **changes)
@@ -192,7 +198,7 @@ def measure(arguments: argparse.Namespace) -> None:
                 "float_ln_ppl": round(base, 6),
                 "seconds": round(seconds, 1),
                 "cpu_seconds": round(worked, 1),
-                "model": Path(arguments.model).name,
+                "model": label,
                 "text_tokens": sum(w.numel() for w in windows),
                 "recipe": recipe.to_dict(),
                 "commit": commit.stdout.strip(),
@@ -203,30 +209,61 @@ def measure(arguments: argparse.Namespace) -> None:
                 },
                 "threads": torch.get_num_threads(),
             }
-            with arguments.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            append(arguments.out, line)
             shown = "  ".join(f"{p}: {gap:+.4f}" for p, gap in gaps.items())
             print(f"{name:36s} seed {seed}  {shown}  {seconds:.0f} s", flush=True)
 
 
+def append(path: Path, line: dict) -> None:
+    """Add a line to an output file, on its own even where a killed run left half of one."""
+    with path.open("a+b") as file:
+        if file.tell():
+            file.seek(-1, 2)
+            file.write(b"" if file.read(1) == b"\n" else b"\n")
+        file.write(json.dumps(line).encode() + b"\n")
+
+
 def read(path: Path) -> list[dict]:
-    """Return the lines of an output file, none where there is no file."""
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+    """Return the lines of an output file, none where there is no file; a line cut short by a kill does not count."""
+    found = []
+    for line in path.read_text("utf-8").splitlines() if path.exists() else []:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            print(f"{path}: left out a line that was cut short")
+    return found
 
 
 def table(lines: list[dict]) -> str:
-    """Return the median gap of each variant and precision, with the seeds' least and greatest, as Markdown."""
-    precisions = sorted({int(p) for line in lines for p in line["gap"]})
-    rows = ["| | " + " | ".join(f"{p} bits" for p in precisions) + " | seconds |", "|---" * (len(precisions) + 2) + "|"]
-    for name in dict.fromkeys(line["variant"] for line in lines):
-        own = [line for line in lines if line["variant"] == name]
-        cells = []
-        for p in precisions:
-            gaps = [line["gap"][str(p)] for line in own if str(p) in line["gap"]]
-            spread = f" ({min(gaps):.4f}–{max(gaps):.4f})" if len(gaps) > 1 else ""
-            cells.append(f"{statistics.median(gaps):.4f}{spread}" if gaps else "")
-        rows.append(f"| {name} | " + " | ".join(cells) + f" | {statistics.median(r['seconds'] for r in own):.0f} |")
-    return "\n".join(rows)
+    """Return each model's median gap of each variant and precision with the seeds' least and greatest, as Markdown.
+
+    In brackets the median is divided by that of the method as published, seed by seed where both were measured.
+    """
+    parts = []
+    for model in dict.fromkeys(line["model"] for line in lines):
+        own = [line for line in lines if line["model"] == model]
+        precisions = sorted({int(p) for line in own for p in line["gap"]})
+        head = f"| {model} | " + " | ".join(f"{p} bits" for p in precisions) + " | CPU seconds |"
+        rows = [head, "|---" * (len(precisions) + 2) + "|"]
+        for name in dict.fromkeys(line["variant"] for line in own):
+            found = [line for line in own if line["variant"] == name]
+            cells = [_cell(found, own, str(p)) for p in precisions]
+            seconds = statistics.median(line["cpu_seconds"] for line in found)
+            rows.append(f"| {name} | " + " | ".join(cells) + f" | {seconds:.0f} |")
+        parts.append("\n".join(rows))
+    return "\n\n".join(parts)
+
+
+def _cell(found: list[dict], own: list[dict], p: str) -> str:
+    gaps = [line["gap"][p] for line in found if p in line["gap"]]
+    if not gaps:
+        return ""
+    method = "Any-Precision as published" if found[0]["recipe"]["method"] == "any-precision" else "AnyBCQ as published"
+    base = {line["seed"]: line["gap"].get(p) for line in own if line["variant"] == method}
+    ratios = [line["gap"][p] / base[line["seed"]] for line in found if p in line["gap"] and base.get(line["seed"])]
+    spread = f" ({min(gaps):.4f} to {max(gaps):.4f})" if len(gaps) > 1 else ""
+    ratio = f" [{statistics.median(ratios):.2f}]" if ratios and found[0]["variant"] != method else ""
+    return f"{statistics.median(gaps):.4f}{spread}{ratio}"
 
 
 def main() -> None:
@@ -242,6 +279,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128, help="calibration windows of 512 tokens")
     parser.add_argument("--steps", type=int, default=200, help="of block reconstruction, where a variant has it")
     parser.add_argument("--max-tokens", type=int, default=24_576, help="of the text to predict")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no variant after this long")
     parser.add_argument("--table", action="store_true", help="print the table of --out and measure nothing")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)

@@ -4,6 +4,7 @@ Closed loop: a number of clients, each with one request at a time.
     python benchmarks/serve.py --clients 64 --requests 500 --cancel 0.1 --check
 Open loop: requests arrive at a rate, whatever the server does.
     python benchmarks/serve.py --rate 20 --seconds 60
+The claims of docs/serving.md, one command each: benchmarks/serve_claims.py.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class Client:
     def __init__(self, args: argparse.Namespace) -> None:
         address = urlsplit(args.url)
         self.host, self.port, self.args = address.hostname, address.port, args
+        self.extra = getattr(args, "extra", {})  # more fields of every body
 
     async def _open(
         self, method: str, path: str, body: bytes = b""
@@ -72,7 +74,7 @@ class Client:
         writer = None
         try:
             reader, writer = await self._open(
-                "POST", "/v1/completions", json.dumps(body | {"ignore_eos": True}).encode()
+                "POST", "/v1/completions", json.dumps(body | {"ignore_eos": True} | self.extra).encode()
             )
             result.status = int((await reader.readline()).split()[1])
             async for line in reader:
@@ -206,7 +208,7 @@ async def main(args: argparse.Namespace) -> dict:
     if used is not None:
         spent = (processor_s(args.pid) or 0.0) - used
         out["processor_s"] = round(spent, 2)
-        out["tokens_per_processor_s"] = round(sum(r.tokens for r in results) / spent, 1)
+        out["tokens_per_processor_s"] = round(sum(r.tokens for r in results) / spent, 1) if spent else None
     if args.check:
         out["compared"], out["wrong"] = await check(client, results)
     await asyncio.sleep(0.5)

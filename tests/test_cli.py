@@ -83,7 +83,8 @@ def test_eval_writes_the_documented_json_and_a_plot(
     assert code == 0
     assert "perplexity" in out
     result = json.loads((tmp_path / "r.json").read_text())
-    assert set(result) == {"model", "text_tokens", "seq_len", "results", "reference"}
+    assert set(result) == {"model", "text", "text_tokens", "seq_len", "stride", "results", "reference"}
+    assert (result["text"], result["stride"]) == ("text.txt", 64)
     assert set(result["reference"]) == {"perplexity", "weight_bytes"}
     assert [row["precision"] for row in result["results"]] == [2, 4]
     for row in result["results"]:
@@ -148,6 +149,8 @@ BAD = {
     "precision 5 is not stored": ("eval", "{any}", "--precisions", "5", "--text", "{text}"),
     "text file {out}/none does not exist": ("eval", "{any}", "--text", "{out}/none"),
     "sequence length 1 is too short": ("eval", "{any}", "--text", "{text}", "--seq-len", "1"),
+    "stride 600 must be at least 1 and below": ("eval", "{any}", "--text", "{text}", "--stride", "600"),
+    "--dataset NAME or --tasks": ("eval", "{any}", "--text", "{text}", "--dataset", "c4"),
     "has no config.json": ("inspect", "{text}/.."),
     "rows 'x' must be whole numbers": ("bench", "--rows", "x"),
     "shapes 'x' are unknown": ("bench", "--shapes", "x"),

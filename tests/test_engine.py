@@ -20,15 +20,18 @@ from anybits.serve.kv import BLOCK
 from anybits.serve.sampling import Sampling
 from anybits.serve.sequence import Chunk, Fixed, Sequence, Token
 from conftest import save_tiny
+from test_profiles import with_profiles
 
-Request = tuple[list[int], int, int]
+Request = tuple[list[int], int | str, int]
 PRECISIONS = (2, 3, 4)
+SINGLES = (*PRECISIONS, "2.5")
 
 
 def quantized(folder: Path, name: str) -> Path:
     save_tiny(folder / "float", name)
     recipe = anybits.Recipe(preset="fast", group_size=32, precisions=PRECISIONS)
     anybits.quantize(str(folder / "float"), folder / "planes", recipe)
+    with_profiles(folder / "planes", ("2.5",))
     return folder / "planes"
 
 
@@ -47,7 +50,7 @@ def requests(count: int, seed: int = 0) -> list[Request]:
     return [
         (
             [rng.randrange(4, 64) for _ in range(rng.choice([1, 3, 17, 40]))],
-            rng.choice(PRECISIONS),
+            rng.choice(SINGLES),
             rng.choice([5, 20, 30]),
         )
         for _ in range(count)

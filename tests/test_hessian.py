@@ -21,7 +21,7 @@ from anybits.quantize.targets import find_blocks, find_targets
 from anybits.weight import PlaneWeight
 from conftest import tiny_model
 
-OFF = DataAware(feedback=False, descents=0, refit_sweeps=0, codebook_iterations=0, correction=0.0)
+OFF = DataAware(balancing=0, feedback=False, descents=0, refit_sweeps=0, codebook_iterations=0, correction=0.0)
 WIDE = 1 << 8
 
 
@@ -260,6 +260,7 @@ def test_every_switch_does_something_and_all_off_changes_nothing(method: str) ->
         {"column_order": "energy"},
         {"precision_weights": (4.0, 1.0, 1.0)},
         {"exhaustive": 1, "beam": 1},
+        *([{"balancing": 0}] if method == "anybcq" else []),
     ):
         other = improve(weight, start, moments, replace(DataAware(), **change)).tensors()
         assert any(not torch.equal(base[name], tensor) for name, tensor in other.items()), change
@@ -321,6 +322,36 @@ def test_moments_are_those_of_the_inputs_on_both_paths() -> None:
         torch.testing.assert_close(moments.cross[1], moments.hessian[1])
     shifts = problem(found[0], 0.01, 1.0).shifts
     torch.testing.assert_close(shifts[1], torch.eye(64), rtol=0, atol=1e-4)
+
+
+def test_precisions_without_inputs_of_their_own_share_those_of_the_float_model() -> None:
+    model = tiny_model("llama")
+    _, blocks = find_blocks(model)
+    inputs = capture(model, blocks, list(torch.randint(3, 60, (4, 16)).split(2)))
+    runner, targets = BlockRunner(blocks[0], inputs.arguments[0]), find_targets(blocks[0])
+    order = stages(runner, targets, inputs.hidden[0])
+    noisy = [h + 0.1 * rand(*h.shape, dtype=torch.float32) for h in inputs.hidden]
+    found = collect(runner, order, inputs.hidden, [noisy], [{}], cross=True, plain=True)
+    both = collect(runner, order, inputs.hidden, [noisy, inputs.hidden], [{}, {}], cross=True)
+    for shared, own in zip(found, both, strict=True):
+        torch.testing.assert_close(shared.hessian, own.hessian)
+        assert shared.cross.shape[0] == 1
+        stated, wanted = problem(shared, 0.01, 0.5).spread(4), problem(own, 0.01, 0.5)
+        for i, like in enumerate((0, 1, 1, 1)):
+            torch.testing.assert_close(stated.hessians[i], wanted.hessians[like])
+            torch.testing.assert_close(stated.factors[i], wanted.factors[like])
+            torch.testing.assert_close(stated.shifts[i], wanted.shifts[like], rtol=1e-3, atol=1e-4)
+    start = {
+        t.module: anybcq.quantize_matrix(blocks[0].get_parameter(t.parameter).detach(), (2, 3, 4), 32, False)
+        for t in targets
+    }
+    paths = {2: noisy, 3: inputs.hidden, 4: inputs.hidden}
+    settings = DataAware(own_inputs=2)
+    one = layerwise.improve_block(runner, targets, start, inputs.hidden, paths, settings)
+    # What a precision above own_inputs was given must not matter.
+    two = layerwise.improve_block(runner, targets, start, inputs.hidden, paths | {3: noisy, 4: []}, settings)
+    for name, weight in one.items():
+        assert all(torch.equal(t, two[name].tensors()[key]) for key, t in weight.tensors().items())
 
 
 def test_fused_experts_keep_their_codes_and_say_so(caplog: pytest.LogCaptureFixture) -> None:

@@ -151,6 +151,69 @@ def test_mixed_rows_equal_uniform_rows(isa, case):
         assert torch.equal(same, backend.matmul(x, packed, 4))
 
 
+@pytest.mark.parametrize("case", ["affine ragged", "affine group 96", "codebook ragged"])
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_row_does_not_depend_on_its_batch(isa, case, monkeypatch):
+    monkeypatch.setattr(cpu, "_dense_is_faster", lambda *_: False)
+    weight = CASES[case]()
+    backend = cpu.CpuBackend(isa, fast=False)
+    packed = backend.prepare(weight)
+    x = torch.randn(67, weight.in_features).bfloat16()
+    precision = torch.randint(1, 9, (67,), dtype=torch.int32)
+    alone = torch.cat([backend.matmul(x[i : i + 1], packed, p) for i, p in enumerate(precision.tolist())])
+    assert torch.equal(backend.matmul(x, packed, precision), alone)
+    for rows in (2, 4, 8, 13, 16):
+        first = int(torch.randint(0, 67 - rows, ()))
+        assert torch.equal(
+            backend.matmul(x[first : first + rows], packed, precision[first : first + rows]),
+            alone[first : first + rows],
+        ), rows
+        uniform = backend.matmul(x[first : first + rows], packed, int(precision[first]))
+        assert torch.equal(uniform[0], alone[first]), rows
+
+
+@pytest.mark.parametrize("case", ["affine ragged", "codebook ragged"])
+@pytest.mark.parametrize("isa", ISAS)
+def test_bf16_results_are_mostly_the_nearest(isa, case):
+    weight = CASES[case]()
+    backend = cpu.CpuBackend(isa, fast=False)
+    packed = backend.prepare(weight)
+    for p in PRECISIONS:
+        for rows in (1, 5):
+            x = torch.randn(rows, weight.in_features).bfloat16()
+            x[0, 3] = 40
+            nearest = (x.double() @ weight.dequantize(p).double().t()).bfloat16()
+            y = backend.matmul(x, packed, p)
+            assert (y != nearest).float().mean() < 0.2, (p, rows)
+
+
+@pytest.mark.skipif("amx" not in ISAS, reason="this machine has no matrix instructions")
+def test_matrices_and_tables_agree_to_the_bit():
+    weight = affine(70, 1000)
+    x = torch.randn(9, 1000).bfloat16()
+    results = []
+    for isa in ("avx512", "amx"):
+        backend = cpu.CpuBackend(isa, fast=False)
+        results.append(backend.matmul(x, backend.prepare(weight), 5))
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("make", [affine, codebook])
+@pytest.mark.parametrize("isa", ISAS)
+def test_what_is_not_finite_stays_in_its_row(isa, make):
+    weight = make(40, 416)
+    backend = cpu.CpuBackend(isa, fast=False)
+    packed = backend.prepare(weight)
+    x = torch.randn(5, 416).bfloat16()
+    good = backend.matmul(x, packed, 3)
+    for wrong in (float("inf"), float("nan")):
+        bad = x.clone()
+        bad[2, 100] = wrong
+        y = backend.matmul(bad, packed, 3)
+        assert not y[2].isfinite().any()
+        assert torch.equal(y[[0, 1, 3, 4]], good[[0, 1, 3, 4]])
+
+
 @pytest.mark.parametrize("isa", ISAS)
 def test_realistic_width_keeps_the_promised_error(isa):
     x = torch.randn(2, 4096)

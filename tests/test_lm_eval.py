@@ -55,16 +55,16 @@ metric_list:
   - {{metric: word_perplexity}}
   - {{metric: bits_per_byte}}
 """
+PRECISIONS = (2, 3, 4)
 TASKS = ("own_choice", "own_generate", "own_perplexity")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A quantized tiny Llama, its dense export at 2 bits, and three tasks over one data file."""
+    """A tiny Llama, quantized with AnyBCQ, and three tasks over one data file."""
     where = tmp_path_factory.mktemp("lm-eval")
     save_tiny(where / "float", "llama")
     anybits.quantize(str(where / "float"), where / "any", Recipe(preset="fast", group_size=32))
-    export_model(where / "any", where / "dense", 2, "float32")
     (where / "tasks").mkdir()
     words = ("the quick brown fox", "jumps over", "the lazy dog", "a b c d", "bits and planes", "no one knows")
     rows = [
@@ -77,20 +77,34 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return where
 
 
-def test_planes_and_dense_export_agree(folder: Path) -> None:
-    ours = run_tasks(folder / "any", TASKS, (2, 4), folder / "tasks", dtype=torch.float32)
-    dense = AutoModelForCausalLM.from_pretrained(folder / "dense")
-    tokenizer = AutoTokenizer.from_pretrained(folder / "dense")
+@pytest.mark.parametrize("method", ["anybcq", "any-precision"])
+def test_planes_and_dense_export_agree(
+    folder: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ANYBITS_BACKEND", "reference")  # a perplexity of 1e9 magnifies a kernel's 1e-4
+    model = folder / "any"
+    if method != "anybcq":
+        model = tmp_path / "any"
+        recipe = Recipe(method=method, samples=4, seq_len=32, precisions=PRECISIONS)
+        anybits.quantize(str(folder / "float"), model, recipe, str(folder / "data.jsonl"))
+    ours = run_tasks(model, TASKS, PRECISIONS, folder / "tasks", dtype=torch.float32)
     manager = TaskManager(include_path=str(folder / "tasks"), include_defaults=False)
-    wanted = lm_eval.simple_evaluate(
-        model=HFLM(pretrained=dense, tokenizer=tokenizer), tasks=list(TASKS), task_manager=manager, bootstrap_iters=0
-    )["results"]
-    for task in TASKS:
-        assert ours[2][task]
-        for metric, value in ours[2][task].items():
-            key = metric if "," in metric else f"{metric},none"
-            assert value == pytest.approx(wanted[task].get(key, wanted[task].get(metric)), rel=1e-4)
-    assert ours[2]["own_perplexity"] != ours[4]["own_perplexity"]
+    for p in PRECISIONS:
+        export_model(model, tmp_path / f"dense{p}", p, "float32")
+        dense = AutoModelForCausalLM.from_pretrained(tmp_path / f"dense{p}")
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / f"dense{p}")
+        wanted = lm_eval.simple_evaluate(
+            model=HFLM(pretrained=dense, tokenizer=tokenizer),
+            tasks=list(TASKS),
+            task_manager=manager,
+            bootstrap_iters=0,
+        )["results"]
+        for task in TASKS:
+            assert ours[p][task]
+            for metric, value in ours[p][task].items():
+                key = metric if "," in metric else f"{metric},none"
+                assert value == pytest.approx(wanted[task].get(key, wanted[task].get(metric)), rel=1e-4)
+    assert len({str(ours[p]["own_perplexity"]) for p in PRECISIONS}) == len(PRECISIONS)
 
 
 def test_command(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:

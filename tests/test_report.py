@@ -54,6 +54,19 @@ def test_everything_comes_from_the_json(models: Path, tmp_path: Path) -> None:
     assert all("123456.789" in line for line in changed)
 
 
+def test_profiles_are_a_line_of_their_own(models: Path, tmp_path: Path) -> None:
+    figures = json.loads((models / "report" / "figures.json").read_text())
+    results = figures["quality"]["anybcq"]["results"]
+    between = {"precision": "2.5", "perplexity": 54321.5, "weight_bytes": 1, "bits_per_weight": 2.9}
+    results.append(results[0] | between)
+    (tmp_path / "figures.json").write_text(json.dumps(figures))
+    document.render(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "| anybcq: profiles | 2.5 | 2.900 | 54321.500 |" in text
+    assert text.count("54321.5") == 2  # in the table of all results, and against bits
+    assert "2.5 bits" not in text  # the table of divergences has a column for each whole precision
+
+
 def test_memory_agrees_with_inspect(models: Path) -> None:
     for method in ("anybcq", "any-precision"):
         facts = inspect_checkpoint(str(models / method))

@@ -26,6 +26,7 @@ import anybits
 from anybits.integrations import transformers as hf
 from anybits.serve.policy import HOLD_S
 from conftest import tiny_model, tiny_tokenizer
+from test_profiles import with_profiles
 
 LENGTH = 8192
 KEY = "a-secret"
@@ -35,9 +36,9 @@ MAIN = "from anybits.cli import main; main()"
 class Server:
     """`anybits serve` on a free port; the log of the process is in `log`."""
 
-    def __init__(self, folder: Path, log: Path, *options: str) -> None:
+    def __init__(self, folder: Path, log: Path, *options: str, port: str = "0") -> None:
         self.log, self.key = log, KEY if "--api-key" in options else None
-        command = [sys.executable, "-c", MAIN, "serve", str(folder), "--port", "0", "--dtype", "float32", *options]
+        command = [sys.executable, "-c", MAIN, "serve", str(folder), "--port", port, "--dtype", "float32", *options]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         with log.open("w") as out:
             self.process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
@@ -85,6 +86,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(made / "float")
     tiny_tokenizer().save_pretrained(made / "float")
     anybits.quantize(str(made / "float"), made / "tiny", anybits.Recipe(preset="fast", group_size=32))
+    with_profiles(made / "tiny", ("2.5",))
     return made / "tiny"
 
 
@@ -109,7 +111,7 @@ def expected(folder: Path) -> Any:
     """Greedy text of transformers' own generate."""
     model, tokenizer = hf.load_model(folder, dtype=torch.float32), hf.load_tokenizer(folder)
 
-    def text(prompt: str, precision: int, tokens: int) -> str:
+    def text(prompt: str, precision: int | str, tokens: int) -> str:
         with anybits.precision(precision):
             return hf.generate_text(model, tokenizer, prompt, tokens)[0]
 
@@ -124,8 +126,8 @@ def complete(server: Server, prompt: str, **settings: Any) -> Any:
     )
 
 
-@pytest.mark.parametrize("precision", [2, 3, 4])
-def test_completion_writes_what_generate_writes(server: Server, expected: Any, precision: int) -> None:
+@pytest.mark.parametrize("precision", [2, 3, 4, "2.5"])
+def test_completion_writes_what_generate_writes(server: Server, expected: Any, precision: int | str) -> None:
     answer = complete(server, "Hello", max_tokens=20, extra_body={"precision": precision})
     assert answer.choices[0].text.strip() == expected("Hello", precision, 20).strip()
     assert answer.precision == precision
@@ -196,14 +198,16 @@ def test_several_prompts_and_token_ids(server: Server) -> None:
 
 
 def test_models_lists_the_aliases(server: Server) -> None:
-    assert [m.id for m in server.openai.models.list()] == ["tiny", "tiny:2bit", "tiny:3bit", "tiny:4bit"]
+    assert [m.id for m in server.openai.models.list()] == ["tiny", *(f"tiny:{p}bit" for p in (2, 2.5, 3, 4))]
+    assert server.openai.models.retrieve("tiny:2.5bit").profiles == ["2.5"]
     assert server.openai.models.retrieve("tiny:3bit").precision == 3
 
 
 WRONG = [
-    ({"precision": 7}, 400, "precision", 'choose one of 2, 3, 4 or "auto"'),
+    ({"precision": 7}, 400, "precision", 'choose one of 2, 2.5, 3, 4 or "auto"'),
+    ({"precision": 2.7}, 400, "precision", "precision 2.7 is not stored: choose one of 2, 2.5, 3, 4"),
     ({"precision": "high"}, 400, "precision", "auto"),
-    ({"prefill_precision": 8}, 400, "prefill_precision", "choose one of 2, 3, 4"),
+    ({"prefill_precision": 8}, 400, "prefill_precision", "choose one of 2, 2.5, 3, 4"),
     ({"model": "gpt"}, 404, "model", "choose tiny or tiny:2bit"),
     ({"model": "tiny:2bit", "precision": 3}, 400, "precision", "contradicts"),
     ({"max_tokens": -1}, 400, "max_tokens", "greater than or equal to 1"),
@@ -252,7 +256,7 @@ def test_the_page_needs_nothing_from_elsewhere(server: Server) -> None:
 
 def test_many_clients_get_what_they_would_get_alone(server: Server, expected: Any) -> None:
     rng = random.Random(0)
-    wanted = [("".join(rng.choices("abcdefgh", k=rng.randint(1, 30))), rng.choice([2, 3, 4])) for _ in range(30)]
+    wanted = [("".join(rng.choices("abcdefgh", k=rng.randint(1, 30))), rng.choice([2, 3, 4, 2.5])) for _ in range(30)]
 
     def ask(index: int) -> str | None:
         prompt, precision = wanted[index]
@@ -270,6 +274,7 @@ def test_many_clients_get_what_they_would_get_alone(server: Server, expected: An
         assert text is None or text.strip() == expected(prompt, precision, 20).strip()
     server.wait_until_idle(2)
     assert server.http.get("/health").json()["inside"] == 0
+    assert 'anybits_generated_tokens_total{precision="2.5"}' in server.http.get("/metrics").text
 
 
 def test_the_openapi_description_is_kept(server: Server) -> None:
@@ -296,7 +301,7 @@ def test_a_key_is_asked_for(narrow: Server) -> None:
         openai.OpenAI(base_url=f"{narrow.url}/v1", api_key="wrong").models.list()
     assert httpx.get(f"{narrow.url}/metrics").status_code == 401
     assert httpx.get(f"{narrow.url}/health").status_code == 200
-    assert len(list(narrow.openai.models.list())) == 4
+    assert len(list(narrow.openai.models.list())) == 5
 
 
 def test_a_large_body_is_refused(narrow: Server) -> None:
@@ -352,22 +357,40 @@ def test_a_request_that_takes_too_long_gets_504(narrow: Server) -> None:
 
 
 def test_sigterm_finishes_what_has_begun(narrow: Server) -> None:
-    stream = iter(complete(narrow, "Hello", max_tokens=200, stream=True))
+    stream = iter(complete(narrow, "Hello", max_tokens=50, stream=True))
     chunks = [next(stream)]
     reader = threading.Thread(target=lambda: chunks.extend(stream))
     narrow.process.send_signal(signal.SIGTERM)
     reader.start()
     reader.join(30)
     assert chunks[-1].choices[0].finish_reason == "length"
-    assert len(chunks) == 200
+    assert len(chunks) == 50
     assert narrow.process.wait(20) in (0, -signal.SIGTERM)
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{narrow.url}/health")
 
 
+def test_a_killed_server_serves_again_on_the_same_port(folder: Path, tmp_path: Path) -> None:
+    before = sorted((p.name, p.read_bytes()) for p in folder.iterdir())
+    first = Server(folder, tmp_path / "first")
+    wanted = complete(first, "Hello", max_tokens=8).choices[0].text
+    stream = complete(first, "Hello", max_tokens=8000, stream=True)
+    next(iter(stream))
+    first.process.send_signal(signal.SIGKILL)
+    first.process.wait(10)
+    with pytest.raises((openai.APIError, httpx.HTTPError)):
+        list(stream)
+    assert sorted((p.name, p.read_bytes()) for p in folder.iterdir()) == before
+    second = Server(folder, tmp_path / "second", port=first.url.rsplit(":", 1)[1])
+    try:
+        assert complete(second, "Hello", max_tokens=8).choices[0].text == wanted
+    finally:
+        second.stop()
+
+
 def test_a_wrong_option_is_one_sentence(folder: Path) -> None:
     for options, says in [
-        (["--precision", "7"], "precision 7 is not stored: choose one of 2, 3, 4 or auto"),
+        (["--precision", "7"], "precision 7 is not stored: choose one of 2, 2.5, 3, 4 or auto"),
         (["--max-model-len", "9000"], "max-model-len 9000 is more than the 8192 positions"),
     ]:
         command = [sys.executable, "-c", MAIN, "serve", str(folder), "--port", "0", *options]

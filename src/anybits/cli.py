@@ -113,13 +113,19 @@ def evaluate(
     text: Annotated[
         Path | None, typer.Option(help="Text file to predict; keep it apart from calibration text.")
     ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="wikitext2, c4 or a Hugging Face dataset NAME[:CONFIG[:SPLIT[:COLUMN]]].")
+    ] = None,
     tasks: Annotated[str | None, typer.Option(help="lm-eval tasks instead of a text: TASK[,TASK].")] = None,
     include_path: Annotated[Path | None, typer.Option(help="Folder with lm-eval task files of your own.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Documents of each lm-eval task.")] = None,
     precisions: Annotated[
         str | None, typer.Option(help="Precisions and profiles, as 2,2.5,3 or 2-4. Default: all stored.")
     ] = None,
-    seq_len: Annotated[int, typer.Option(help="Tokens of a window; windows do not overlap.")] = 512,
+    seq_len: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
+    stride: Annotated[
+        int | None, typer.Option(help="Tokens between windows that overlap. Default: they do not overlap.")
+    ] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Use only this many tokens of the text.")] = None,
     reference: Annotated[
         str | None, typer.Option(help="The original float model: adds its perplexity, KL divergence and agreement.")
@@ -137,14 +143,15 @@ def evaluate(
     from anybits.integrations import transformers as hf
 
     chosen = hf.stored_config(model).singles if precisions is None else parse_singles(precisions)
-    if (text is None) == (tasks is None):
-        raise AnybitsError("eval needs one thing to measure: --text FILE or --tasks TASK[,TASK]")
+    if sum(given is not None for given in (text, dataset, tasks)) != 1:
+        raise AnybitsError("eval needs one thing to measure: --text FILE, --dataset NAME or --tasks TASK[,TASK]")
     if tasks is not None:
         _run_tasks(model, tasks, chosen, include_path, limit, json_)
         return
-    assert text is not None
+    corpus = evaluation.read_corpus(text, dataset)
+    most = max_tokens if max_tokens is not None or corpus.max_windows is None else corpus.max_windows * seq_len
     with terminal.counted(console, "evaluating") as step:
-        result = evaluation.evaluate(model, chosen, evaluation.read_text(text), seq_len, max_tokens, reference, step)
+        result = evaluation.evaluate(model, chosen, corpus.text, seq_len, most, reference, step, stride, corpus.source)
     console.print(terminal.result_table(result))
     if json_ is not None:
         checkpoint.write_json(json_, result.to_dict())

@@ -252,19 +252,23 @@ COLUMN_ORDERS = ("given", "energy")
 class DataAware:
     """How codes and levels follow the data; every piece can be switched off by itself.
 
+    balancing: rounds of fitting the levels of up to 5 shared planes for all precisions at once before codes meet data;
     feedback: choose codes in one pass with error feedback at every precision; descents: times that codes are then
     chosen anew, one at a time; refit_sweeps: sweeps of a refit of scales and offsets under the full Hessian;
     codebook_iterations: conjugate-gradient steps of a centroid refit; correction: share of the shift of
     a layer's target that makes up for the layers before it; damping: added to the Hessian's diagonal, relative
     to its mean; column_order: given or energy; precision_weights: what each precision's relative error counts
-    (empty: the lowest 2, others 1); balance: 1 weighs relative errors, 0 absolute ones; sequential: layers see their
-    predecessors in the block quantized; own_inputs: the highest precision fitted to the inputs of the model quantized at it
-    so far, those above being fitted to the float model's; exhaustive, beam: of the search (nested_codes.Search).
+    (empty: the lowest 1.5, the highest 1.25, others 1); balance: 1 weighs relative errors, 0 absolute ones;
+    sequential: layers see their predecessors in the block quantized; own_inputs: the highest precision fitted to
+    inputs from the model as quantized
+    at it so far, those above being fitted to the float model's, which is faster; exhaustive, beam: of the
+    search (nested_codes.Search).
     """
 
+    balancing: int = 10
     feedback: bool = True
-    descents: int = 2
-    refit_sweeps: int = 2
+    descents: int = 3
+    refit_sweeps: int = 1
     codebook_iterations: int = 8
     correction: float = 0.5
     damping: float = 0.01
@@ -272,14 +276,22 @@ class DataAware:
     precision_weights: tuple[float, ...] = ()
     balance: float = 1.0
     sequential: bool = True
-    own_inputs: int = 3
+    own_inputs: int = 8
     exhaustive: int = 32
     beam: int = 6
 
     def __post_init__(self) -> None:
         """Raise AnybitsError naming the first setting that is out of range."""
         _one_of("column_order", self.column_order, COLUMN_ORDERS)
-        for name in ("descents", "refit_sweeps", "codebook_iterations", "own_inputs", "exhaustive", "beam"):
+        for name in (
+            "balancing",
+            "descents",
+            "refit_sweeps",
+            "codebook_iterations",
+            "own_inputs",
+            "exhaustive",
+            "beam",
+        ):
             value = getattr(self, name)
             if not isinstance(value, int) or value < (1 if name in ("exhaustive", "beam") else 0):
                 raise AnybitsError(f"{name} is {value}: it must be a whole number and not negative")

@@ -153,7 +153,9 @@ def profiling_progress(console: Console) -> Iterator[Profiling]:
 
 def result_table(evaluation: Evaluation) -> Table:
     """Return the table of an evaluation."""
-    table = Table(title=f"{evaluation.model}: {evaluation.text_tokens} tokens in windows of {evaluation.seq_len}")
+    windows = f"windows of {evaluation.seq_len} {_overlap(evaluation.stride)}"
+    about = f"{evaluation.text}, " if evaluation.text else ""
+    table = Table(title=f"{evaluation.model}: {about}{evaluation.text_tokens} tokens in {windows}")
     for column in ("precision", "MB read", "bits/weight", "perplexity", "KL", "top-1 agreement"):
         table.add_column(column, justify="right")
     for r in evaluation.results:
@@ -165,6 +167,10 @@ def result_table(evaluation: Evaluation) -> Table:
         reference = evaluation.reference
         table.add_row("float", f"{reference.weight_bytes / 1e6:.2f}", "", f"{reference.perplexity:.3f}", "", "")
     return table
+
+
+def _overlap(stride: int | None) -> str:
+    return "without overlap" if stride is None else f"every {stride} tokens, each token counted once"
 
 
 def task_table(model: str, results: dict[Single, dict[str, dict[str, Any]]]) -> Table:

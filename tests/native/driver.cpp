@@ -86,7 +86,7 @@ float of_bf16(uint16_t h) {
     return f;
 }
 
-// bf16: eight rows and more at four planes take a path of their own.
+// bf16 takes a path of its own where there are matrix instructions.
 void check_matmul(const Weight &w, int p, int rows, bool mixed, bool fast, bool bf16 = false) {
     const int64_t n = w.shape.out_features, k = w.shape.in_features;
     const std::unique_ptr<float[]> x(new float[static_cast<size_t>(rows * k)]), y(new float[static_cast<size_t>(rows * n)]);
@@ -170,6 +170,7 @@ void check_shape(const ab_shape &shape) {
     }
     for (int rows = 2; rows <= 19; rows += rows < 9 ? 1 : 5) check_matmul(w, 3, rows, rows % 2 == 0, false);
     for (int rows = 7; rows <= 19; rows += 4) check_matmul(w, 5, rows, rows % 8 == 7, false, true);
+    for (int p = 2; p <= 8; p += 3) check_matmul(w, p, 1, false, false, true), check_matmul(w, p, 8, p == 5, false, true);
     if (shape.levels == AB_AFFINE) check_matmul(w, 4, 3, false, true);
     check_refusals(w);
     free(w.blob);

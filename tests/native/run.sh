@@ -17,8 +17,9 @@ declare -A flags
 if [ "$mode" != arm ] && [ "$(uname -m)" = x86_64 ]; then
     flags[isa_avx2]="-mavx2 -mfma -mf16c"
     flags[isa_avx512]="-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512vnni"
+    flags[isa_amx]="${flags[isa_avx512]} -mgfni -mamx-tile -mamx-int8"
 fi
-for source in blob dispatch threads isa_portable isa_avx2 isa_avx512 isa_neon; do
+for source in blob dispatch threads isa_portable isa_avx2 isa_avx512 isa_amx isa_neon; do
     # shellcheck disable=SC2086
     "${cxx[@]}" ${flags[$source]:-} -c "src/anybits/csrc/$source.cpp" -o "$out/$source.o" &
 done

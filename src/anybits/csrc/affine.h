@@ -57,6 +57,46 @@ inline float block_peak(const float *x, int64_t columns, float *sum) {
     return peak;
 }
 
+// Where the activations of a block become integers: x * inverse, rounded; scale takes sums of them back.
+struct Grid {
+    float scale, inverse;
+};
+
+// `power`: the scale is a power of two, so that a bf16 activation above 1/128 of the limit is kept exactly. A block that
+// is not all finite gets a scale that is NaN: its integers mean nothing.
+inline Grid grid_of(float peak, float sum, float limit, bool power) {
+    if (!(peak - peak == 0 && sum - sum == 0)) return {sum - sum + (peak - peak), 0};
+    if (peak == 0) return {0, 0};
+    if (!power) return {peak / limit, limit / peak};
+    const uint32_t ratio = bits_of_float(peak / limit), up = (ratio + 0x7fffff) >> 23, exponent = up < 1 ? 1 : up;
+    return {float_of_bits(exponent << 23), float_of_bits((254 - exponent) << 23)};
+}
+
+// The largest magnitude. Magnitudes are ordered as their bits are, and what is not finite is above all of them.
+inline float peak_of(const float *x, int64_t count) {
+    uint32_t peak = 0;
+    for (int64_t i = 0; i < count; i++) {
+        const uint32_t magnitude = bits_of_float(x[i]) & 0x7fffffff;
+        peak = magnitude > peak ? magnitude : peak;
+    }
+    return float_of_bits(peak);
+}
+
+// One block in place: integers where every entry of a table is to be an exact sum of them. With bf16, every kernel
+// adds up the same integers, in tables or in matrices, and so gets the same result.
+inline Grid affine_block(const Call &c, float *x, int64_t columns, float limit, float *sum) {
+    const bool exact = c.dtype == AB_BF16 && !c.fast;
+    const float peak = block_peak(x, columns, sum);
+    Grid grid = grid_of(peak, *sum, limit, exact);
+    if (!(grid.inverse > 0)) {
+        memset(x, 0, static_cast<size_t>(columns) * sizeof(float));
+    } else if (exact) {
+        for (int64_t i = 0; i < columns; i++) x[i] = __builtin_rintf(x[i] * grid.inverse);
+        grid.inverse = 1;
+    }
+    return grid;
+}
+
 template <class I>
 void affine_activations(const Call &c, int row, float *floats) {
     const Header *h = c.weight;
@@ -69,15 +109,13 @@ void affine_activations(const Call &c, int row, float *floats) {
         const int64_t first = block * h->block_columns;
         const int64_t last = first + h->block_columns < padded ? first + h->block_columns : padded;
         float sum;
-        const float peak = block_peak(floats + first, last - first, &sum);
-        const float limit = wide ? WIDE_LIMIT : FAST_LIMIT;
-        c.scales[row * c.scale_stride + block] = peak / limit;
+        const Grid grid = affine_block(c, floats + first, last - first, wide ? WIDE_LIMIT : FAST_LIMIT, &sum);
+        c.scales[row * c.scale_stride + block] = grid.scale;
         c.sums[row * c.scale_stride + block] = sum;
-        const float inverse = peak > 0 ? limit / peak : 0;
         for (int64_t k = first; k < last; k += STEP, out += table) {
             for (int j = 0; j < 4; j++) {  // byte j of a word: low nibble, then high nibble
-                write_table<I>(floats + k + 8 * j, inverse, wide, out + 16 * j, out + 128 + 16 * j);
-                write_table<I>(floats + k + 8 * j + 4, inverse, wide, out + 64 + 16 * j, out + 192 + 16 * j);
+                write_table<I>(floats + k + 8 * j, grid.inverse, wide, out + 16 * j, out + 128 + 16 * j);
+                write_table<I>(floats + k + 8 * j + 4, grid.inverse, wide, out + 64 + 16 * j, out + 192 + 16 * j);
             }
         }
     }

@@ -15,7 +15,7 @@ extern "C" {
 enum { AB_MAX_PLANES = 8, AB_MAX_ROWS = 64 };
 enum ab_dtype { AB_F32 = 0, AB_BF16 = 1, AB_F16 = 2 };
 enum ab_levels { AB_AFFINE = 0, AB_CODEBOOK = 1 };
-enum ab_isa { AB_PORTABLE = 0, AB_AVX2 = 1, AB_AVX512 = 2, AB_NEON = 3, AB_ISA_COUNT = 4 };
+enum ab_isa { AB_PORTABLE = 0, AB_AVX2 = 1, AB_AVX512 = 2, AB_NEON = 3, AB_AMX = 4, AB_ISA_COUNT = 5 };
 
 enum ab_status {
     AB_OK = 0,

@@ -9,11 +9,11 @@ struct Segment {
     int first, count;
 };
 
-// Rows of x that share blended weights: positions first ... first + count - 1, padded to `width` lanes.
-struct BlendChunk {
-    int precision;
-    int first, count, width;
-    int64_t tables, scales;  // where the chunk's activations and scales begin, in bytes and floats
+// Rows of x that go through matrix instructions together: positions first ... first + count - 1 of Call::order.
+struct Group {
+    int precision;  // the highest among them
+    int first, count;
+    int64_t tables, scales;  // where their activations begin, in bytes, and their scales, in floats
 };
 
 // Activations are kept by row of x, whatever precision the row runs at, so that the next layer that reads
@@ -34,24 +34,34 @@ struct Call {
     float *scales;  // one per table block and row
     float *sums;    // affine: exact sum of a table block
     int64_t scale_stride;
-    const BlendChunk *chunks;  // in place of tables by row, when chunk_count is not 0
-    int chunk_count;
+    const Group *groups;  // for Batch, whose tables and scales are by group
+    int group_count;
 };
+
+// Matrix instructions, whose cost hardly depends on the number of rows of x; bf16 only. Rows are grouped by `GROUP_ROWS`.
+struct Batch {
+    int least_rows[2];  // rows of x from which they are used, for affine and codebook levels
+    // What the activations of a group of `count` rows take.
+    int64_t (*table_bytes)(const Header *weight, int count);
+    int64_t (*scale_floats)(const Header *weight, int count);
+    // As in Kernels, for one position of Call::order.
+    void (*activations)(const Call &call, const Group &group, int lane, float *floats);
+    void (*multiply)(const Call &call, int64_t first, int64_t last, float *scratch);
+};
+
+constexpr int GROUP_ROWS = 8;
 
 struct Kernels {
     int tile_rows;  // rows interleaved in an affine tile
     bool row_words;  // affine: a step holds each row's word; otherwise byte j of all rows, then byte j + 1
     // Fill tables, scales and sums of one row of x. `floats` has room for K rounded up to 512.
     void (*activations)(const Call &call, int row, float *floats);
-    // Rows of x from which affine weights are blended; AB_MAX_ROWS + 1 where they never are.
-    int blend_rows;
-    // The same as `activations` for one lane of a chunk.
-    void (*lane)(const Call &call, const BlendChunk &chunk, int lane, float *floats);
     // Affine tiles, or codebook tiles of 16 rows, first ... last - 1. `scratch` has scratch_floats().
     void (*multiply)(const Call &call, int64_t first, int64_t last, float *scratch);
     // Rows first ... first + count - 1 (whole tiles but for the last) of `planned` into `out`.
     void (*dequantize)(const Header *weight, int precision, int64_t first, int64_t count, int64_t planned_first,
                        int64_t planned, int dtype, void *out);
+    const Batch *batch;  // NULL where there is none
 };
 
 // Tiles that share one pass over a piece of the activations' tables when there are many rows of x.
@@ -61,3 +71,4 @@ const Kernels *kernels_portable();
 const Kernels *kernels_avx2();
 const Kernels *kernels_avx512();
 const Kernels *kernels_neon();
+const Kernels *kernels_amx();

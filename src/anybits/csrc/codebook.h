@@ -17,12 +17,12 @@ void codebook_activations(const Call &c, int row, float *floats) {
     int16_t *out = reinterpret_cast<int16_t *>(c.tables + row * c.table_stride);
     for (int64_t part = 0; part < padded / PART; part++, out += PART) {
         const float *x = floats + part * PART;
-        float peak = 0;
-        for (int i = 0; i < PART; i++) peak = __builtin_fabsf(x[i]) > peak ? __builtin_fabsf(x[i]) : peak;
-        c.scales[row * c.scale_stride + part] = peak / PART_LIMIT;
-        const float inverse = peak > 0 ? PART_LIMIT / peak : 0;
-        alignas(64) int16_t q[PART];
-        for (int i = 0; i < PART; i++) q[i] = static_cast<int16_t>(static_cast<int32_t>(__builtin_rintf(x[i] * inverse)));
+        const float peak = peak_of(x, PART);
+        const Grid grid = grid_of(peak, peak, PART_LIMIT, false);
+        c.scales[row * c.scale_stride + part] = grid.scale;
+        alignas(64) int16_t q[PART] = {0};
+        for (int i = 0; grid.inverse > 0 && i < PART; i++)
+            q[i] = static_cast<int16_t>(static_cast<int32_t>(__builtin_rintf(x[i] * grid.inverse)));
         for (int i = 0; i < PART; i += 64) I::reorder(q + i, out + i);
     }
 }

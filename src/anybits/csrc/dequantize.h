@@ -2,7 +2,6 @@
 // affine levels (the same additions in the same order), and those that the codebook kernel multiplies by.
 #pragma once
 
-#include "blend.h"
 #include "codebook.h"
 
 namespace {
@@ -36,6 +35,9 @@ inline void step_words(const uint8_t *at, uint32_t *words) {
 template <class I, int P>
 void dequantize_step(const uint32_t (*words)[I::TILE], const float (*scales)[I::TILE], const float *offsets, int64_t columns,
                      int64_t rows, int dtype, void *out, int64_t at, int64_t stride) {
+    if constexpr (I::OWN_DEQUANTIZE)
+        if (columns == STEP && rows == I::TILE)
+            return I::template dequantize_step<P>(words, scales, offsets, dtype, out, at, stride);
     for (int64_t k = 0; k < columns; k++, at += stride) {
         alignas(64) float values[I::TILE];
         alignas(64) uint16_t rounded[I::TILE];
@@ -90,10 +92,16 @@ void dequantize_codebook_row(const Header *h, int64_t n, int dtype, void *out, i
     using V = typename I::V;
     const uint8_t *plane = plane_at(h, 0, n);
     const int16_t *centroids = centroids_at(h, P, n);
-    float values[1 << P];
+    alignas(64) float values[1 << P < 32 ? 32 : 1 << P] = {0};
     for (int i = 0; i < 1 << P; i++) values[i] = static_cast<float>(centroids[i]) * row_scales(h, P)[n];
     alignas(64) uint8_t bytes[SPAN];
-    for (int64_t span = 0; span < h->spans; span++) {
+    int64_t begin = 0;
+    if constexpr (I::OWN_DEQUANTIZE)
+        if (dtype == AB_BF16) {
+            begin = h->shape.in_features / SPAN;
+            I::template dequantize_spans<P>(plane, h->plane_stride, begin, values, static_cast<uint16_t *>(out) + at);
+        }
+    for (int64_t span = begin; span < h->spans; span++) {
         for (int piece = 0; piece < 64 / I::BYTES; piece++) {
             V planes[P], codes[8];
             for (int b = 0; b < P; b++)
@@ -148,12 +156,7 @@ struct Instance {
         else
             codebook_activations<I>(c, row, floats);
     }
-    static void lane(const Call &c, const BlendChunk &chunk, int lane, float *floats) {
-        blend_activations<I>(c, chunk, lane, floats);
-    }
     static void multiply(const Call &c, int64_t first, int64_t last, float *scratch) {
-        if constexpr (I::BLEND_ROWS <= AB_MAX_ROWS)
-            if (c.chunk_count) return blend_multiply<I>(c, first, last, scratch);
         if (c.weight->shape.levels == AB_CODEBOOK)
             codebook_multiply<I>(c, first, last, scratch);
         else if (c.fast)
@@ -161,8 +164,7 @@ struct Instance {
         else
             affine_by_dtype<I, true>(c, first, last, scratch);
     }
-    static constexpr Kernels kernels = {I::TILE, I::ROW_WORDS,  activations, I::BLEND_ROWS,
-                                        lane,    multiply,      dequantize_rows<I>};
+    static constexpr Kernels kernels = {I::TILE, I::ROW_WORDS, activations, multiply, dequantize_rows<I>, nullptr};
 };
 
 }  // namespace

@@ -3,20 +3,47 @@
 
 #include <stdlib.h>
 #include <string.h>
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "threads.h"
 
 namespace {
+
+#if defined(__x86_64__)
+bool has_avx512() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
+}
+
+// The system must grant the tiles' registers to the process; it refuses where it does not know them.
+bool has_amx() {
+#if defined(__linux__)
+    constexpr unsigned TILE_AND_INT8 = 1u << 24 | 1u << 25, GFNI = 1u << 8;
+    constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
+    unsigned a, b, c, d;
+    if (!has_avx512() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    if ((d & TILE_AND_INT8) != TILE_AND_INT8 || !(c & GFNI)) return false;
+    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+#else
+    return false;
+#endif
+}
+#endif
 
 bool machine_runs(int isa) {
     switch (isa) {
         case AB_PORTABLE: return true;
 #if defined(__x86_64__)
         case AB_AVX2: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-        case AB_AVX512:
-            return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                   __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
+        case AB_AVX512: return has_avx512();
+        case AB_AMX: {
+            static const bool granted = has_amx();
+            return granted;
+        }
 #elif defined(__aarch64__)
         case AB_NEON: return true;
 #endif
@@ -30,6 +57,7 @@ const Kernels *built(int isa) {
 #if defined(__x86_64__)
         case AB_AVX2: return kernels_avx2();
         case AB_AVX512: return kernels_avx512();
+        case AB_AMX: return kernels_amx();
 #elif defined(__aarch64__)
         case AB_NEON: return kernels_neon();
 #endif
@@ -44,6 +72,7 @@ struct Workspace {
     struct Key {
         int64_t x_bytes, k, block, rows;
         int32_t isa, dtype, levels, fast;
+        uint8_t order[AB_MAX_ROWS], groups[AB_MAX_ROWS];  // of Batch: positions of rows, and their groups
     } key = {};
 
     ~Workspace() { free(memory); }
@@ -59,11 +88,6 @@ struct Workspace {
 };
 
 thread_local Workspace workspace;
-
-// Blending costs 2 instructions a plane for 32 weights, a lookup 8 a plane for 256 weights and row of x: at two and
-// three planes the lookups stay ahead. AVX-512, one busy Zen 4 core, 4096 columns, billions of products a second at
-// 2 / 3 / 4 planes: lookups 105 / 76 / 58 (4 rows of x), blending 75 / 68 / 65 (16 rows).
-constexpr int BLEND_PRECISION = 4;
 
 constexpr int64_t KEEP_X_BYTES = 256 << 10;  // activations up to this size are compared instead of tabulated again
 
@@ -107,34 +131,42 @@ void multiply(const Divided &d, int threads) {
     const int useful = static_cast<int>(tiles < threads ? tiles : threads);
     parallel(useful, [&](int part, int parts) {
         float *scratch = reinterpret_cast<float *>(d.scratch + part * d.per_thread);
-        d.kernels->multiply(d.call, tiles * part / parts, tiles * (part + 1) / parts, scratch);
+        auto *const run = d.call.group_count ? d.kernels->batch->multiply : d.kernels->multiply;
+        run(d.call, tiles * part / parts, tiles * (part + 1) / parts, scratch);
     });
 }
 
-// Sixteen rows share the blended weights of a pass, or as few lanes as hold what is left of a segment.
-int cut_chunks(const Call &c, BlendChunk *chunks) {
+// Groups of rows for Batch. Codebooks are looked up once for each precision, so none of their groups mixes two.
+int cut_groups(const Call &c, const Batch *batch, Group *groups, int64_t *tables, int64_t *scales) {
+    const bool mix = c.weight->shape.levels == AB_AFFINE;
     int count = 0;
-    int64_t tables = 0, scales = 0;
-    for (int i = 0; i < c.segment_count; i++) {
-        const Segment &s = c.segments[i];
-        for (int done = 0; done < s.count; count++) {
-            const int left = s.count - done, width = left > 8 ? 16 : left > 4 ? 8 : 4;
-            chunks[count] = {s.precision, s.first + done, left < width ? left : width, width, tables, scales};
-            done += chunks[count].count;
-            tables += c.weight->steps * 64 * width, scales += c.weight->blocks * width;
+    *tables = *scales = 0;
+    for (int i = 0; i < (mix ? 1 : c.segment_count); i++) {
+        const int first = c.segments[i].first, end = mix ? c.rows : first + c.segments[i].count;
+        for (int at = first; at < end; at += GROUP_ROWS, count++) {
+            int precision = 0;
+            for (int s = c.segment_count - 1; s >= 0; s--)
+                if (c.segments[s].first <= at) {
+                    precision = c.segments[s].precision;
+                    break;
+                }
+            groups[count] = {precision, at, end - at < GROUP_ROWS ? end - at : GROUP_ROWS, *tables, *scales};
+            *tables += batch->table_bytes(c.weight, groups[count].count);
+            *scales += batch->scale_floats(c.weight, groups[count].count);
         }
     }
     return count;
 }
 
-void fill_lanes(const Divided &d, int threads) {
+void fill_groups(const Divided &d, int threads) {
     const Call &c = d.call;
-    parallel(threads, [&](int part, int parts) {
+    const bool worth = static_cast<int64_t>(c.rows) * c.weight->shape.in_features >= 16384;
+    parallel(worth ? threads : 1, [&](int part, int parts) {
         float *floats = reinterpret_cast<float *>(d.scratch + part * d.per_thread);
         int turn = 0;
-        for (int i = 0; i < c.chunk_count; i++)
-            for (int lane = 0; lane < c.chunks[i].width; lane++)
-                if (turn++ % parts == part) d.kernels->lane(c, c.chunks[i], lane, floats);
+        for (int i = 0; i < c.group_count; i++)
+            for (int lane = 0; lane < c.groups[i].count; lane++)
+                if (turn++ % parts == part) d.kernels->batch->activations(c, c.groups[i], lane, floats);
     });
 }
 
@@ -154,25 +186,34 @@ void keep_x(const Call &c, int64_t row_bytes, char *kept) {
         memcpy(kept + r * row_bytes, static_cast<const char *>(c.x) + r * stride, static_cast<size_t>(row_bytes));
 }
 
+// What the tables in the workspace are made from, x itself aside.
+Workspace::Key key_of(const Call &c, int64_t x_bytes) {
+    const Header *h = c.weight;
+    Workspace::Key key;
+    memset(&key, 0, sizeof key);
+    key.x_bytes = x_bytes, key.k = h->shape.in_features, key.block = h->block_columns, key.rows = c.rows;
+    key.isa = h->shape.isa, key.dtype = c.dtype, key.levels = h->shape.levels, key.fast = c.fast;
+    for (int i = 0; i < c.group_count; i++)
+        for (int p = c.groups[i].first; p < c.groups[i].first + c.groups[i].count; p++)
+            key.order[p] = static_cast<uint8_t>(c.order[p]), key.groups[p] = static_cast<uint8_t>(i + 1);
+    return key;
+}
+
 int run(Call &c, const Kernels *kernels, int threads) {
     const Header *h = c.weight;
     const bool affine = h->shape.levels == AB_AFFINE;
     // An odd number of lines between the tables of two rows of x, so that they do not share cache sets.
     c.table_stride = (affine ? h->steps * (c.fast ? 128 : 256) : h->spans * SPAN * 2) + 64;
     c.scale_stride = affine ? h->blocks : h->spans * 4;
+    int64_t table_bytes = c.rows * c.table_stride, scale_floats = c.rows * c.scale_stride;
+    Group groups[AB_MAX_ROWS];
+    const Batch *batch = c.dtype == AB_BF16 && !c.fast ? kernels->batch : nullptr;
+    if (batch && c.rows >= batch->least_rows[h->shape.levels])
+        c.group_count = cut_groups(c, batch, groups, &table_bytes, &scale_floats), c.groups = groups;
     const int64_t row_bytes = h->shape.in_features * (c.dtype == AB_F32 ? 4 : 2);
-    BlendChunk chunks[AB_MAX_ROWS];
-    int64_t lanes = c.rows;
-    // Only for bf16, whose own rounding is larger than blending's: fp32 and fp16 keep the lookups' accuracy.
-    if (affine && !c.fast && c.dtype == AB_BF16 && c.rows >= kernels->blend_rows && c.segments[0].precision >= BLEND_PRECISION) {
-        c.chunk_count = cut_chunks(c, chunks), c.chunks = chunks;
-        lanes = 0;
-        for (int i = 0; i < c.chunk_count; i++) lanes += chunks[i].width;
-        c.table_stride = h->steps * 64;
-    }
-    const int64_t x_bytes = row_bytes * c.rows, kept_bytes = x_bytes <= KEEP_X_BYTES && !c.chunk_count ? x_bytes : 0;
-    const int64_t floats = h->spans * SPAN, scratch = scratch_floats(c, *kernels);
-    const size_t tables = lines(lanes * c.table_stride), scales = lines(lanes * c.scale_stride * 4);
+    const int64_t x_bytes = row_bytes * c.rows, kept_bytes = x_bytes <= KEEP_X_BYTES ? x_bytes : 0;
+    const int64_t floats = h->spans * SPAN + STEP, scratch = scratch_floats(c, *kernels);
+    const size_t tables = lines(table_bytes), scales = lines(scale_floats * 4);
     const size_t per_thread = lines(4 * (scratch > floats ? scratch : floats)) + 64, kept = lines(kept_bytes);
     if (!workspace.reserve(kept + tables + 2 * scales + per_thread * static_cast<size_t>(threads))) return AB_NO_MEMORY;
     char *at = workspace.memory + kept;
@@ -180,15 +221,12 @@ int run(Call &c, const Kernels *kernels, int threads) {
     c.scales = reinterpret_cast<float *>(at + tables);
     c.sums = reinterpret_cast<float *>(at + tables + scales);
     const Divided d{c, kernels, at + tables + 2 * scales, per_thread};
-    Workspace::Key key;
-    memset(&key, 0, sizeof key);
-    key.x_bytes = x_bytes, key.k = h->shape.in_features, key.block = h->block_columns, key.rows = c.rows;
-    key.isa = h->shape.isa, key.dtype = c.dtype, key.levels = h->shape.levels, key.fast = c.fast;
+    const Workspace::Key key = key_of(c, x_bytes);
     const bool known = kept_bytes && !memcmp(&key, &workspace.key, sizeof key) && same_x(c, row_bytes, workspace.memory);
     if (!known) {
         workspace.key = {};
-        if (c.chunk_count)
-            fill_lanes(d, threads);
+        if (c.group_count)
+            fill_groups(d, threads);
         else
             fill_tables(d, threads);
         if (kept_bytes) {
@@ -220,7 +258,7 @@ extern "C" int ab_tile_rows(int isa) {
 extern "C" int ab_isa_usable(int isa) { return kernels_of(isa) != nullptr; }
 
 extern "C" int ab_isa_best(void) {
-    const int best_first[] = {AB_AVX512, AB_NEON, AB_AVX2};
+    const int best_first[] = {AB_AMX, AB_AVX512, AB_NEON, AB_AVX2};
     for (int isa : best_first)
         if (kernels_of(isa)) return isa;
     return AB_PORTABLE;

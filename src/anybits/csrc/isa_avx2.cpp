@@ -11,8 +11,8 @@ struct Avx2 {
     using F = __m256;
     static constexpr int TILE = 32, LANES = 8, BYTES = 32;
     static constexpr int LOOKUP_ROWS = 2, DOT_ROWS = 2;  // rows of x that go through an inner loop together
+    static constexpr bool OWN_DEQUANTIZE = false;
     static constexpr bool ROW_WORDS = false;
-    static constexpr int BLEND_ROWS = AB_MAX_ROWS + 1;
     static constexpr int TABLE_FLIP = 0x80;  // tables of unsigned bytes: they are summed by plain additions
 
     static F zero() { return _mm256_setzero_ps(); }

@@ -11,8 +11,8 @@ struct Neon {
     using F = float32x4_t;
     static constexpr int TILE = 16, LANES = 4, BYTES = 16;
     static constexpr int LOOKUP_ROWS = 4, DOT_ROWS = 4;  // rows of x that go through an inner loop together
+    static constexpr bool OWN_DEQUANTIZE = false;
     static constexpr bool ROW_WORDS = false;
-    static constexpr int BLEND_ROWS = AB_MAX_ROWS + 1;
     static constexpr int TABLE_FLIP = 0x80;
 
     static F zero() { return vdupq_n_f32(0); }

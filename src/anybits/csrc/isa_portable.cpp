@@ -8,8 +8,8 @@ struct Portable {
     struct F { float v[4]; };
     static constexpr int TILE = 16, LANES = 4, BYTES = 8;
     static constexpr int LOOKUP_ROWS = 1, DOT_ROWS = 1;  // rows of x that go through an inner loop together
+    static constexpr bool OWN_DEQUANTIZE = false;
     static constexpr bool ROW_WORDS = false;
-    static constexpr int BLEND_ROWS = AB_MAX_ROWS + 1;
     static constexpr int TABLE_FLIP = 0x80;
 
     static F zero() { return set1(0); }

@@ -80,8 +80,12 @@ def _html(title: tuple[str, str], sections: list[Section]) -> str:
     return "\n".join(parts) + "</html>\n"
 
 
-def _points(model: Mapping[str, Any], x: str, y: str, scale: float = 1.0) -> list[tuple[float, float, str]]:
-    return [(r[x] * scale, r[y], str(r["precision"])) for r in model["results"] if r[y] is not None]
+def _points(
+    model: Mapping[str, Any], x: str, y: str, scale: float = 1.0, profiles: bool = False
+) -> list[tuple[float, float, str]]:
+    """Return the points of the whole-model precisions, or of the profiles, whose precision is a name."""
+    rows = [r for r in model["results"] if r[y] is not None and isinstance(r["precision"], str) == profiles]
+    return sorted((r[x] * scale, r[y], str(r["precision"])) for r in rows)
 
 
 def _quality(figures: Mapping[str, Any]) -> list[Section]:
@@ -101,6 +105,10 @@ def _quality(figures: Mapping[str, Any]) -> list[Section]:
         levels[f"float model ({size} MB)"] = reference["perplexity"]
     by_bytes = {label: _points(m, "weight_bytes", "perplexity", 1e-6) for label, m in models.items()}
     by_bits = {label: _points(m, "bits_per_weight", "perplexity") for label, m in models.items()}
+    profiles = {
+        f"{label}: profiles": _points(m, "bits_per_weight", "perplexity", 1, True) for label, m in models.items()
+    }
+    by_bits |= {label: points for label, points in profiles.items() if points}
     read = "quantized weights read (MB); the number at a point is its precision"
     sections = [
         Section(
@@ -114,14 +122,17 @@ def _quality(figures: Mapping[str, Any]) -> list[Section]:
     divergence = {label: _points(m, "weight_bytes", "kl_divergence", 1e-6) for label, m in models.items()}
     if all(divergence.values()):
         chart = Chart(read, "KL(float || quantized), nats a token", divergence, log_y=True)
-        head = [["model", *(f"{r['precision']} bits" for r in next(iter(models.values()))["results"])]]
+        head = [["model", *(f"{p} bits" for _, _, p in next(iter(divergence.values())))]]
         rows = [[label, *(f"{y:.4f}" for _, y, _ in points)] for label, points in divergence.items()]
         text = "Mean divergence of the next-token distribution from the float model's."
         sections.append(Section("KL divergence against bytes read", text, head + rows, "divergence.png", chart))
     chart = Chart("bits a weight, levels included", "perplexity", by_bits, levels, log_y=True)
-    rows = [[label, f"{x:.3f}", f"{y:.3f}"] for label, points in by_bits.items() for x, y, _ in points]
-    text = "Scales, offsets and codebooks count: two methods at one precision do not read the same."
-    head = [["model", "bits/weight", "perplexity"]]
+    rows = [[label, p, f"{x:.3f}", f"{y:.3f}"] for label, points in by_bits.items() for x, y, p in points]
+    text = (
+        "Scales, offsets and codebooks count: two methods at one precision do not read the same. A profile gives "
+        "every matrix a precision of its own; below the line through the whole-model precisions is better."
+    )
+    head = [["model", "precision", "bits/weight", "perplexity"]]
     return [*sections, Section("Quality against effective bits", text, head + rows, "bits.png", chart)]
 
 

@@ -14,6 +14,7 @@ from anybits.evaluate import perplexity
 from anybits.evaluate.report import Evaluation, Reference, Result
 from anybits.integrations import transformers as hf
 from anybits.precision import precision as scoped
+from anybits.quantize.documents import Corpus, evaluation_corpus
 
 
 def read_text(path: str | Path) -> str:
@@ -26,6 +27,14 @@ def read_text(path: str | Path) -> str:
         raise AnybitsError(f"text file {path} is not UTF-8") from None
 
 
+def read_corpus(text: Path | None, dataset: str | None) -> Corpus:
+    """Return the text of a file, or of a dataset by name; exactly one is given."""
+    if dataset is not None:
+        return evaluation_corpus(dataset)
+    assert text is not None
+    return Corpus(read_text(text), text.name)
+
+
 def evaluate(
     folder: str,
     precisions: tuple[Single, ...],
@@ -34,9 +43,12 @@ def evaluate(
     max_tokens: int | None = None,
     reference: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    stride: int | None = None,
+    source: str = "",
 ) -> Evaluation:
     """Score the checkpoint `folder` at each of `precisions` on `text`, loading it once.
 
+    stride: tokens between windows that overlap, None for windows side by side; source: what the text is;
     reference: folder or name of the float model to compare with. Raises AnybitsError for precisions that
     are not stored and for texts without tokens.
     """
@@ -44,10 +56,14 @@ def evaluate(
     precisions = tuple(map(stored.check_single, precisions))
     model = hf.load_model(folder, max_precision=max(map(stored.planes_of, precisions)))
     ids = hf.encoder(hf.load_tokenizer(folder))(text)
-    windows = perplexity.split_windows(ids, seq_len, max_tokens)
+    if stride in (None, seq_len):
+        stride, fresh, windows = None, None, perplexity.split_windows(ids, seq_len, max_tokens)
+    else:
+        assert stride is not None
+        windows, fresh = perplexity.stride_windows(ids, seq_len, stride, max_tokens)
     original = hf.load_float_model(reference) if reference is not None else None
     scores, own = perplexity.score(
-        windows, [_at(model, p) for p in precisions], None if original is None else _plain(original), progress
+        windows, [_at(model, p) for p in precisions], None if original is None else _plain(original), progress, fresh
     )
     facts = hf.weight_facts(model)
     results = tuple(
@@ -64,7 +80,7 @@ def evaluate(
     compared = None
     if original is not None and own is not None:
         compared = Reference(own.perplexity, _float_bytes(original, model))
-    return Evaluation(folder, scores[0].tokens, seq_len, results, compared)
+    return Evaluation(folder, scores[0].tokens, seq_len, results, compared, stride, source)
 
 
 def _plain(model: nn.Module) -> perplexity.Logits:

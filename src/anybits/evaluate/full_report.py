@@ -42,7 +42,7 @@ def report(
     figures: dict[str, Any] = {"quality": {}, "memory": {}}
     for label, model in labels.items():
         progress(f"quality of {label}")
-        evaluation = evaluate(model, stored[label], text, seq_len, max_tokens, reference)
+        evaluation = evaluate(model, hf.stored_config(model).singles, text, seq_len, max_tokens, reference)
         figures["quality"][label] = evaluation.to_dict() | {"model": label}
         figures["memory"][label] = measurements.memory(model)
     figures["published_memory"] = measurements.published_memory()

@@ -167,8 +167,13 @@ def _sensitivities(
         changes = {m: {f"{rest}>{own}": value for (rest, own), value in each.items()} for m, each in known.items()}
         checkpoint.write_json(file, {"made": made, "changes": changes})
 
+    def first_part(profile: Mapping[str, int]) -> float:
+        # These losses, four and more for each matrix, are what takes the time, and a divergence needs little text;
+        # what single changes do not tell is how they interact, and that the search sees on all of it.
+        return loss(profile, 0)
+
     modules = dict.fromkeys(sizes, stored.precisions)
-    return measure_changes(loss, modules, dict(known), keep, progress.sensitivities)
+    return measure_changes(first_part, modules, dict(known), keep, progress.sensitivities)
 
 
 def _find(

@@ -33,17 +33,19 @@ class Reference:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A model at several precisions on one text, in windows of seq_len tokens without overlap."""
+    """A model at several precisions on one text, in windows of seq_len tokens; stride None: without overlap."""
 
     model: str
     text_tokens: int
     seq_len: int
     results: tuple[Result, ...]
     reference: Reference | None = None
+    stride: int | None = None
+    text: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON object that docs/evaluation.md describes."""
-        return asdict(self) | {"results": [asdict(r) for r in self.results]}
+        return asdict(self) | {"stride": self.stride or self.seq_len, "results": [asdict(r) for r in self.results]}
 
 
 @dataclass(frozen=True)

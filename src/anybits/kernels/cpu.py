@@ -18,7 +18,7 @@ from anybits.kernels import reference as _reference  # noqa: F401  (registered f
 from anybits.kernels.backend import register
 from anybits.weight import AffineLevels, PlaneWeight, check_precision, group_columns
 
-ISAS = ("portable", "avx2", "avx512", "neon")
+ISAS = ("portable", "avx2", "avx512", "neon", "amx")
 """Instruction sets by the number that csrc/anybits.h gives them."""
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -29,22 +29,25 @@ MAX_KERNEL_ROWS = 64
 """Rows of x in one pass of the kernel (AB_MAX_ROWS); more rows are several passes."""
 
 DENSE_ROWS = {
-    ("avx512", True): (0, 512, 512, 64, 64, 52, 44, 40, 36),
-    ("avx512", False): (0, 112, 112, 112, 112, 64, 48, 32, 20),
-    ("avx2", True): (0, 32, 25, 18, 14, 14, 14, 14, 14),
-    ("avx2", False): (0, 40, 40, 24, 12, 12, 12, 12, 12),
-    ("neon", True): (0, 32, 25, 18, 14, 14, 14, 14, 14),
-    ("neon", False): (0, 40, 40, 24, 12, 12, 12, 12, 12),
+    ("amx", True): (0, 90, 90, 64, 48, 40, 36, 32, 30),
+    ("amx", False): (0, 100, 100, 100, 100, 96, 96, 80, 64),
+    ("avx512", True): (0, 256, 256, 112, 64, 48, 40, 32, 28),
+    ("avx512", False): (0, 24, 24, 24, 24, 20, 16, 12, 12),
+    ("avx2", True): (0, 42, 42, 28, 20, 16, 14, 12, 12),
+    ("avx2", False): (0, 42, 42, 40, 40, 24, 12, 12, 12),
+    ("neon", True): (0, 42, 42, 28, 20, 16, 14, 12, 12),
+    ("neon", False): (0, 42, 42, 40, 40, 24, 12, 12, 12),
     ("portable", True): (0, 12, 12, 12, 12, 12, 12, 12, 12),
     ("portable", False): (0, 12, 12, 12, 12, 12, 12, 12, 12),
 }
 """(instruction set, affine) -> for p = 0 ... 8, rows of bf16 x from which slabs and torch's GEMM are faster.
 
-Measured on one Zen 4 core, 2048 x 4096, milliseconds. torch's bf16 GEMM: 1.8 at 16 rows, 5.3 at 64, 20 at 256.
-Slabs (avx512, p = 2 / 4 / 8): affine 1.8 / 2.8 / 5.0, codebook 5.4. Kernel at 64 rows: affine 6.0 / 8.3 / 14.6,
-codebook 8.1 / 8.8 / 22.5. avx2: slabs 2.1 / 3.2 / 8.5, kernel at 16 rows affine 2.7 / 5.2 / 18, codebook
-3.5 / 8.2 / 45. Best of 8 to 10 calls on a busy machine. Precisions 5 to 7 are interpolated; NEON's row is a copy
-of avx2's and portable's a guess.
+amx: cycles for 2048 weights on one core of a Xeon with AMX, best of 60 to 300 calls in the second-level cache, p = 2 / 3 / 4.
+Kernel at 16 rows: affine 586 / 801 / 1008, codebook 451 / 467 / 484. Slabs: affine 987 / 1177 / 1389, codebook
+333 / 363 / 394. torch's bf16 GEMM: 1020 at 16 rows, 1270 at 32, 1900 at 64, 2700 at 128, 4350 at 256, 7450 at 512.
+avx2: measured on a quiet Zen 4. avx512, p <= 3 affine: the same. avx512, the rest: computed from the kernel's and the GEMM's
+times on that Zen 4 and the slabs' cycles above; not measured. Precisions 5 to 8 of amx are extrapolated, NEON's
+row is a copy of avx2's and portable's a guess.
 """
 
 DENSE_ROWS_FP32 = 8
@@ -52,6 +55,9 @@ DENSE_ROWS_FP32 = 8
 
 The factor itself is an estimate: no row count beyond 64 was measured.
 """
+
+DENSE_ROWS_MIXED = 64
+"""Rows up to which DENSE_ROWS grows with the number of precisions in a batch: slabs are made once for each."""
 
 SLAB_BYTES = 2 << 20
 """Bytes of one dequantized slab: slabs of 8 MiB took two to four times as long to fill as those of 2 MiB."""
@@ -242,6 +248,8 @@ def _dense_is_faster(x: torch.Tensor, blob: torch.Tensor, precision: int, rows: 
     if not 1 <= highest <= 8:
         return False
     limit = DENSE_ROWS[ISAS[header.isa], header.affine][highest]
+    if rows is not None:
+        limit = max(limit, min(DENSE_ROWS_MIXED, limit * rows.unique().numel()))
     return x.shape[0] >= limit * (1 if x.dtype == torch.bfloat16 else DENSE_ROWS_FP32)
 
 
@@ -310,7 +318,8 @@ def _dense_into(y: torch.Tensor, x: torch.Tensor, blob: torch.Tensor, header: _H
     x = x.to(dtype)
     k, n = header.in_features, header.out_features
     tile = max(64, _loaded().tile_rows(header.isa))
-    count = max(tile, SLAB_BYTES // (k * dtype.itemsize) // tile * tile)
+    # Odd multiples of a tile: columns a power of two apart would push each other out of the cache.
+    count = ((max(1, SLAB_BYTES // (k * dtype.itemsize) // tile) - 1) | 1) * tile
     slab = torch.empty(k * min(count, n), dtype=dtype)
     source, to = (blob.data_ptr(), blob.numel(), precision), (_DTYPES[dtype], slab.data_ptr(), torch.get_num_threads())
     for first in range(0, n, count):

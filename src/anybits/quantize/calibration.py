@@ -5,16 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from anybits.errors import AnybitsError
+from anybits.quantize.documents import calibration_documents
 
 DEFAULT_DATASET = "allenai/c4:en"
-_MAX_DOCUMENTS = 20_000
 
 
 @dataclass(frozen=True)
@@ -40,31 +38,7 @@ def read_texts(source: str) -> list[str]:
             raise AnybitsError(f"{source} is not UTF-8 text") from None
     if path.suffix in (".txt", ".json", ".jsonl", ".md", ".py") or source.startswith((".", "/")):
         raise AnybitsError(f"{source} does not exist: give a text file or the name of a Hugging Face dataset")
-    return _read_dataset(source)
-
-
-def _read_dataset(source: str) -> list[str]:
-    try:
-        import datasets
-    except ImportError:
-        raise AnybitsError(
-            f"'{source}' is no file, and reading it as a dataset needs: pip install 'anybits[eval]'"
-        ) from None
-    name, _, rest = source.partition(":")
-    config, _, split = rest.partition(":")
-    try:
-        rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
-        documents = list(islice((_text_of(row) for row in rows), _MAX_DOCUMENTS))
-    except Exception as error:  # the library raises its own and its network stack's many kinds
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise AnybitsError(f"dataset '{source}' cannot be read (give a text file instead?): {reason}") from None
-    return documents
-
-
-def _text_of(row: dict[str, Any]) -> str:
-    if isinstance(row.get("text"), str):
-        return row["text"]
-    return next((value for value in row.values() if isinstance(value, str)), "")
+    return calibration_documents(source)
 
 
 def sample_windows(

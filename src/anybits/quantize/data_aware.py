@@ -1,8 +1,8 @@
 """Codes that know the data: nested codes and levels of a layer chosen together under its Hessians.
 
-Start from the data-free levels; choose all codes in one pass with error feedback at every precision; then in
-turn refit the levels under the full Hessian and choose the codes anew. A row that ends up worse than the
-data-free codes at any precision gets those back.
+Fit the data-free levels of all precisions together; choose all codes in one pass with error feedback at every
+precision; then in turn refit the levels under the full Hessian and choose the codes anew. A row that ends
+up worse than the data-free codes at any precision gets those back.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from anybits import bits
 from anybits.config import DataAware
 from anybits.errors import AnybitsError
-from anybits.quantize import families, linalg, refit
+from anybits.quantize import balancing, families, linalg, refit
 from anybits.quantize.families import Family
 from anybits.quantize.hessian import Layout, Moments, Problem, layout, problem
 from anybits.quantize.nested_codes import Search, descent_pass, feedback_pass
@@ -67,25 +67,41 @@ def improve(
         ordered = replace(moments, hessian=moments.hessian.clone())
     stated = problem(ordered, settings.damping, settings.correction)
     stated = stated.spread(len(start.precisions))
+    first = _balanced(weight, start, settings)
     step = max(1, min(ROWS, CHUNK // (len(start.precisions) * start.in_features)))
     starts = range(0, start.out_features, step)
     parts: list[PlaneWeight] = [start] * len(starts)
 
     def work(r: int) -> None:
         stop = min(r + step, start.out_features)
-        parts[r // step] = _improve_rows(weight[r:stop], start.rows(r, stop), stated, columns, settings)
+        parts[r // step] = _improve_rows(
+            weight[r:stop], start.rows(r, stop), first.rows(r, stop), stated, columns, settings
+        )
 
     linalg.for_each_chunk(work, starts, weight.device)
     return join_rows(parts)
 
 
+def _balanced(weight: torch.Tensor, start: PlaneWeight, settings: DataAware) -> PlaneWeight:
+    """Return what the search starts from: `start`, fitted for all precisions at once where there are few codes."""
+    few = 1 << start.max_precision <= settings.exhaustive
+    if not settings.balancing or not few or len(start.precisions) == 1 or not isinstance(start.levels, AffineLevels):
+        return start
+    return balancing.balance(weight, start, _counts(settings, start.precisions), settings.balancing)
+
+
 def _improve_rows(
-    weight: torch.Tensor, start: PlaneWeight, stated: Problem, columns: Layout, settings: DataAware
+    weight: torch.Tensor,
+    start: PlaneWeight,
+    first: PlaneWeight,
+    stated: Problem,
+    columns: Layout,
+    settings: DataAware,
 ) -> PlaneWeight:
     targets = stated.targets(weight.float()[:, columns.order])
     before = _unpacked(start, columns, settings)
     search = Search(start.precisions, settings.exhaustive, settings.beam)
-    state = _search(before.copy(), targets, stated, columns, search, settings)
+    state = _search(_unpacked(first, columns, settings), targets, stated, columns, search, settings)
     after = _finished(state)
     limit = _losses(before, targets, stated)
     worse = (_losses(after, targets, stated) > limit).any(0).nonzero()[:, 0]
@@ -111,7 +127,7 @@ def _search(
 ) -> _State:
     """Feedback pass, then refits and descents in turn."""
     group_of = columns.group_of()
-    shares = _shares(settings, search.precisions, targets)
+    shares = targets.new_tensor(_counts(settings, search.precisions))[:, None]
     if settings.feedback:
         pivots = stated.factors.diagonal(dim1=1, dim2=2).square()[:, :, None]
         expected = ((state.levels - targets).square() / pivots).sum(1)
@@ -128,13 +144,13 @@ def _search(
     return state
 
 
-def _shares(settings: DataAware, precisions: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-    """Return what each precision's relative error counts: `[P, 1]`."""
-    # The lowest counts twice: every other one builds on its planes, and all gained when this was measured.
-    given = settings.precision_weights or (2.0,) + (1.0,) * (len(precisions) - 1)
+def _counts(settings: DataAware, precisions: tuple[int, ...]) -> tuple[float, ...]:
+    """Return what each precision's relative error counts."""
+    # The lowest counts more, as every other one builds on its planes, and the highest, which loses the most by sharing.
+    given = settings.precision_weights or (1.5, *(1.0,) * (len(precisions) - 2), 1.25)[: len(precisions)]
     if len(given) != len(precisions):
         raise AnybitsError(f"{len(given)} precision weights are given for {len(precisions)} precisions")
-    return torch.tensor(given, dtype=like.dtype, device=like.device)[:, None]
+    return given
 
 
 def _weights(losses: torch.Tensor, shares: torch.Tensor, settings: DataAware) -> torch.Tensor:

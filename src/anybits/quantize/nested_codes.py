@@ -42,9 +42,9 @@ class Chooser:
             self.buffer = torch.empty_like(self.spread)
 
     def __call__(self, targets: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the codes int64 `[N]` of least sum_p weights_p (level_p(first p bits) - targets_p)^2, and their levels.
+        """Return the codes int64 `[N]` of least sum_p weights_p (level_p(first p bits) - targets_p)^2, and levels.
 
-        targets, weights: `[P, N]`, and so are the levels. Exact while there are at most `search.exhaustive`
+        targets, weights, levels: `[P, N]`. Exact while there are at most `search.exhaustive`
         codes; above, a beam search over the bits that follow.
         """
         top = self.search.precisions[-1]

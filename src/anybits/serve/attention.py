@@ -76,7 +76,7 @@ class _Part:
         return self._hidden[kind]
 
     def gathered(self, pool: torch.Tensor) -> torch.Tensor:
-        """Return `[Hkv, B, L, D]` from a pool `[Hkv, slots, D]`, block by block: a fifth of the time of slot by slot."""
+        """Return `[Hkv, B, L, D]` from a pool `[Hkv, slots, D]`, in blocks: a fifth of the time of slots."""
         heads, _, dim = pool.shape
         chosen = pool.view(heads, -1, BLOCK * dim).index_select(1, self.blocks)
         return chosen.view(heads, self.batch, -1, dim)
