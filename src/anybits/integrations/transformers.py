@@ -19,8 +19,6 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa_attention  # noqa: F401
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -118,9 +116,6 @@ class AnybitsQuantizer(HfQuantizer):
         model.anybits_bytes_read = self.reader.bytes_read
         self.reader = None
         attach_precision(model, self.default)
-        from anybits.integrations import decoding  # it builds on this module
-
-        decoding.use_decode_attention(model)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -312,11 +307,9 @@ def forget_quantization(model: PreTrainedModel) -> None:
     model.__dict__.pop("quantization_method", None)
 
 
-def register_attention(name: str, function: Callable[..., Any], like: str | None = None) -> None:
-    """Let models be switched to `function` by `set_attn_implementation(name)`; like: whose masks it gets."""
+def register_attention(name: str, function: Callable[..., Any]) -> None:
+    """Let models be switched to `function` by `set_attn_implementation(name)`."""
     transformers.AttentionInterface.register(name, function)
-    if like is not None:
-        transformers.AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[like])
 
 
 def weight_facts(model: nn.Module) -> dict[Single, tuple[int, int]]:
