@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from anybits import AnybitsError, DataAware, Recipe, checkpoint
+from anybits.integrations import swapping
 from anybits.integrations import transformers as hf
 from anybits.integrations.lazy import load_lazily
 from anybits.integrations.quantizing import estimate_model, quantize_model
@@ -46,7 +47,7 @@ def test_sensitivity_is_the_sum_of_squared_gradients(tmp_path: Path, architectur
     model = tiny_model(architecture)
     for lazy in (False, True):
         skeleton, weights = load_lazily(str(folder), tmp_path / "offload") if lazy else (model, None)
-        hf.run_experts_eagerly(skeleton)
+        swapping.run_experts_eagerly(skeleton)
         source = Source(skeleton, weights)
         targets = [find_targets(block) for block in source.blocks]
         measured = Sensitivity(source, targets, tokens, tmp_path / f"sums-{lazy}")
@@ -242,8 +243,8 @@ def test_the_head_is_quantized_when_it_is_wanted(tmp_path: Path, method: str, ar
     quantize_model(str(source), tmp_path / "plain", plain, TEXT)
     quantize_model(str(source), tmp_path / "head", replace(plain, quantize_lm_head=True), TEXT)
     without, model = hf.load_model(tmp_path / "plain"), hf.load_model(tmp_path / "head")
-    modules = hf.plane_modules(model)
-    assert set(modules) - set(hf.plane_modules(without)) == {"lm_head"}
+    modules = swapping.plane_modules(model)
+    assert set(modules) - set(swapping.plane_modules(without)) == {"lm_head"}
     name = find_embedding(model)
     assert torch.equal(model.get_parameter(name), without.get_parameter(name))
     tokens = torch.tensor([[5, 9, 33, 7, 12]])

@@ -15,6 +15,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from anybits.config import Single
+from anybits.decode.statistics import Statistics
 from anybits.errors import AnybitsError
 from anybits.evaluate.end_to_end import DecodeTiming
 from anybits.evaluate.kernels import KernelTiming
@@ -202,6 +203,20 @@ def timing_line(timing: KernelTiming) -> str:
         f"{n:6d} x {k:5d}  m {timing.m:3d}  {timing.method:13s} p {timing.precision}  {timing.backend:9s} "
         f"{timing.us:9.1f} us  {timing.gb_per_s:6.1f} GB/s  {100 * timing.bandwidth_share:4.0f} % of reading  "
         f"{timing.speedup_vs_bf16:5.1f} x bf16"
+    )
+
+
+def passes_line(statistics: Statistics) -> str:
+    """Return one line about a generation with drafts or a schedule."""
+    rate = f"{statistics.tokens / statistics.seconds:.1f} tokens/s"
+    at = ", ".join(f"{count} at {p} bits" for p, count in sorted(statistics.steps_at.items(), key=str))
+    if not statistics.drafted:
+        return f"{statistics.tokens} tokens after the first, {rate}; passes of one token: {at}"
+    gain = "" if statistics.speed_up is None else f", {statistics.speed_up:.2f} times the speed of plain passes"
+    kept = f"{100 * (statistics.acceptance or 0):.0f} % accepted"
+    return (
+        f"{statistics.tokens} tokens after the first, {rate}{gain}; {statistics.drafted} drafted in "
+        f"{statistics.rounds} rounds, {kept}; {statistics.steps} plain passes"
     )
 
 
