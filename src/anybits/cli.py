@@ -47,6 +47,9 @@ def quantize(
     steps: Annotated[int, typer.Option(help="Reconstruction steps a block and precision (preset best).")] = 200,
     seed: Annotated[int, typer.Option(help="Seed of all that is random: the same seed gives the same bytes.")] = 0,
     device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
+    quantize_lm_head: Annotated[
+        bool, typer.Option("--quantize-lm-head", help="Quantize the output layer too: fewer bytes a token.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show time, memory and disk that it takes; stop.")] = False,
 ) -> None:
     """Quantize MODEL once, for all precisions.
@@ -70,6 +73,7 @@ def quantize(
         seq_len=seq_len,
         steps=steps,
         seed=seed,
+        quantize_lm_head=quantize_lm_head,
     )
     if dry_run:
         console.print(estimate_table(model, out, estimate_model(model, recipe)))
@@ -300,7 +304,7 @@ def bench(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     json_: Annotated[Path | None, typer.Option("--json", help="Write one JSON object a line.")] = None,
     e2e: Annotated[bool, typer.Option("--e2e", help="Time whole decode steps of a random-weight model.")] = False,
-    random: Annotated[bool, typer.Option("--random", help="Said for clarity: --e2e has no other weights.")] = False,
+    random: Annotated[bool, typer.Option("--random", help="Random weights: --e2e has no others.")] = False,
     context: Annotated[str, typer.Option(help="Positions before the timed one, comma-separated (--e2e).")] = "512",
     quantize_lm_head: Annotated[bool, typer.Option(help="Quantize the output layer too (--e2e).")] = False,
     layers: Annotated[
