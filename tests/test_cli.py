@@ -74,6 +74,18 @@ def test_generate_at_each_precision(capsys: pytest.CaptureFixture[str], model: P
     )
 
 
+def test_generate_with_drafts_writes_the_same_text_and_reports(capsys: pytest.CaptureFixture[str], model: Path) -> None:
+    arguments = ("generate", model / "any", "--prompt", "the fox", "--max-new-tokens", 12)
+    _, plain, silent = run(capsys, *arguments, "--precision", 4)
+    code, out, err = run(capsys, *arguments, "--precision", 4, "--draft-precision", 2, "--draft-tokens", 3)
+    assert (code, out) == (0, plain)
+    assert "% accepted" in err
+    assert "accepted" not in silent
+    code, out, err = run(capsys, *arguments, "--schedule", "length:4,2@6")
+    assert code == 0
+    assert "5 at 4 bits" in err
+
+
 def test_eval_writes_the_documented_json_and_a_plot(
     capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path
 ) -> None:
@@ -143,6 +155,8 @@ BAD = {
     "already holds a model": ("quantize", "{float}", "-o", "{any}", "--preset", "fast"),
     "Missing option": ("quantize", "{float}"),
     "precision 7 is not stored: choose one of 2, 3, 4": ("generate", "{any}", "--precision", "7", "--prompt", "a"),
+    "a schedule names its precisions": ("generate", "{any}", "--precision", "2", "--schedule", "split:4,2", "--prompt", "a"),
+    "schedule 'x' cannot be read": ("generate", "{any}", "--schedule", "x", "--prompt", "a"),
     "the prompt is empty": ("generate", "{any}", "--precision", "2", "--prompt", ""),
     "is not quantized": ("generate", "{float}", "--prompt", "a"),
     "neither a model folder": ("generate", "{out}/none", "--prompt", "a"),

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from anybits import AnybitsError, Recipe
 from anybits.config import DataAware
+from anybits.integrations import swapping
 from anybits.integrations.quantizing import quantize_model
 from anybits.quantize import anybcq, anyprecision, layerwise, refit
 from anybits.quantize.blocks import BlockRunner, capture
@@ -356,9 +357,8 @@ def test_precisions_without_inputs_of_their_own_share_those_of_the_float_model()
 
 def test_fused_experts_keep_their_codes_and_say_so(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_model("qwen3-moe")
-    from anybits.integrations import transformers as hf
 
-    hf.run_experts_eagerly(model)
+    swapping.run_experts_eagerly(model)
     layerwise._announced.clear()
     _, blocks = find_blocks(model)
     inputs = capture(model, blocks, [torch.randint(3, 60, (2, 16))])

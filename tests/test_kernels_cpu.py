@@ -20,6 +20,7 @@ from anybits.kernels.reference import ReferenceBackend
 from anybits.linear import PlaneLinear
 from anybits.precision import ModelPrecision
 from anybits.weight import AffineLevels, CodebookLevels, PlaneWeight, group_count
+from conftest import random_weight
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = cpu.library()
@@ -260,6 +261,20 @@ def test_ten_runs_are_bit_identical_on_any_thread_count(isa, make):
         backend.matmul(torch.randn(6, 640, dtype=torch.bfloat16), packed, 5)  # other tables in between
         runs.append(backend.matmul(x, packed, 5))
     assert all(torch.equal(runs[0], run) for run in runs)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("group_size", [32, 128, None])
+def test_a_row_has_the_same_bits_among_up_to_seven(isa, dtype, group_size):
+    """What speculative decoding rests on: a row verified with six others is the row that decodes alone."""
+    weight = random_weight(100, 200, (2, 4, 8), group_size)
+    backend, x = cpu.CpuBackend(isa=isa), torch.randn(7, 200).to(dtype)
+    packed = backend.prepare(weight)
+    for p in (2, 4, 8):
+        alone = torch.cat([backend.matmul(row[None], packed, p) for row in x])
+        for rows in range(2, 8):
+            assert torch.equal(backend.matmul(x[:rows], packed, p), alone[:rows])
 
 
 def test_changed_activations_are_seen():

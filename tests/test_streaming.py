@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from anybits import AnybitsError, DataAware, Recipe
+from anybits.integrations import swapping
 from anybits.integrations import transformers as hf
 from anybits.integrations.lazy import load_lazily
 from anybits.integrations.quantizing import quantize_model
@@ -44,7 +45,7 @@ def test_sensitivity_is_the_sum_of_squared_gradients(tmp_path: Path, architectur
     model = tiny_model(architecture)
     for lazy in (False, True):
         skeleton, weights = load_lazily(str(folder), tmp_path / "offload") if lazy else (model, None)
-        hf.run_experts_eagerly(skeleton)
+        swapping.run_experts_eagerly(skeleton)
         source = Source(skeleton, weights)
         targets = [find_targets(block) for block in source.blocks]
         measured = Sensitivity(source, targets, tokens, tmp_path / f"sums-{lazy}")

@@ -90,17 +90,26 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy; higher is more random.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    draft_precision: Annotated[
+        str | None, typer.Option(help="Draft at these bits, verify at --precision: the same text, sooner.")
+    ] = None,
+    draft_tokens: Annotated[int | None, typer.Option(help="Tokens of a draft. Default: as many as pay.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="Bits that change: split:8,4, length:4,3@64, …")] = None,
 ) -> None:
     """Continue a prompt at one precision; only the planes of that precision are read from disk.
 
-    Example: `anybits generate llama-any --precision 3 --prompt "def fib(n):"`
+    Example: `anybits generate llama-any --precision 4 --draft-precision 2 --prompt "def fib(n):"`
     """
+    from anybits import terminal
+    from anybits.decode.statistics import Statistics
     from anybits.integrations import transformers as hf
 
-    loaded = hf.load_model(model, max_precision=precision)
-    if precision is not None:
-        loaded.set_precision(precision)
-    hf.generate_text(loaded, hf.load_tokenizer(model), prompt, max_new_tokens, temperature, seed, stream=True)
+    loaded, tokenizer = hf.load_model(model, max_precision=precision), hf.load_tokenizer(model)
+    passes: dict[str, Any] = {"draft_precision": draft_precision, "draft_tokens": draft_tokens, "schedule": schedule}
+    passes |= {"precision": precision, "statistics": (statistics := Statistics())}
+    hf.generate_text(loaded, tokenizer, prompt, max_new_tokens, temperature, seed, stream=True, **passes)
+    if statistics.tokens:
+        typer.echo(terminal.passes_line(statistics), err=True)
 
 
 @app.command("eval", rich_help_panel="Main")

@@ -15,6 +15,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from anybits.config import Single
+from anybits.decode.statistics import Statistics
 from anybits.errors import AnybitsError
 from anybits.evaluate.end_to_end import DecodeTiming
 from anybits.evaluate.kernels import KernelTiming
@@ -204,6 +205,20 @@ def timing_line(timing: KernelTiming) -> str:
     )
 
 
+def passes_line(statistics: Statistics) -> str:
+    """Return one line about a generation with drafts or a schedule."""
+    rate = f"{statistics.tokens / statistics.seconds:.1f} tokens/s"
+    at = ", ".join(f"{count} at {p} bits" for p, count in sorted(statistics.steps_at.items(), key=str))
+    if not statistics.drafted:
+        return f"{statistics.tokens} tokens after the first, {rate}; passes of one token: {at}"
+    gain = "" if statistics.speed_up is None else f", {statistics.speed_up:.2f} times the speed of plain passes"
+    kept = f"{100 * (statistics.acceptance or 0):.0f} % accepted"
+    return (
+        f"{statistics.tokens} tokens after the first, {rate}{gain}; {statistics.drafted} drafted in "
+        f"{statistics.rounds} rounds, {kept}; {statistics.steps} plain passes"
+    )
+
+
 def decode_line(timing: DecodeTiming) -> str:
     """Return one line about one timed decode step."""
     name = "bf16" if timing.precision == 16 else f"{timing.method} {timing.precision} bits"
@@ -213,7 +228,8 @@ def decode_line(timing: DecodeTiming) -> str:
     head = ", head quantized" if timing.quantized_head and timing.precision != 16 else ""
     return (
         f"{timing.model}  {name:20s} context {timing.context:6d}  {timing.ms:8.1f} ms  "
-        f"{timing.tokens_per_s:7.2f} tokens/s  {timing.gb_per_s:6.1f} GB/s  {timing.speedup_vs_bf16:5.1f} x bf16  ({layers}{head})"
+        f"{timing.tokens_per_s:7.2f} tokens/s  {timing.gb_per_s:6.1f} GB/s  {timing.speedup_vs_bf16:5.1f} x bf16  "
+        f"({layers}{head})"
     )
 
 

@@ -12,6 +12,7 @@ from anybits.config import Single
 from anybits.errors import AnybitsError
 from anybits.evaluate import perplexity
 from anybits.evaluate.report import Evaluation, Reference, Result
+from anybits.integrations import swapping
 from anybits.integrations import transformers as hf
 from anybits.precision import precision as scoped
 from anybits.quantize.documents import Corpus, evaluation_corpus
@@ -65,7 +66,7 @@ def evaluate(
     scores, own = perplexity.score(
         windows, [_at(model, p) for p in precisions], None if original is None else _plain(original), progress, fresh
     )
-    facts = hf.weight_facts(model)
+    facts = swapping.weight_facts(model)
     results = tuple(
         Result(
             precision=p,

@@ -15,6 +15,7 @@ import torch
 from anybits import bits
 from anybits.checkpoint import CheckpointReader, checkpoint_files, read_stored_config
 from anybits.evaluate.kernels import bench_kernels, copies_beyond_cache, times_of
+from anybits.integrations import swapping
 from anybits.integrations import transformers as hf
 from anybits.precision import precision as scoped
 from anybits.weight import group_count
@@ -102,7 +103,7 @@ def speeds(folder: str, precisions: Sequence[int], prompt: str, tokens: int, rea
     """Return tokens a second at each precision, and the share of `read` bytes a second that the planes make up."""
     model = hf.load_model(folder, dtype=torch.float32)
     tokenizer = hf.load_tokenizer(folder)
-    facts = hf.weight_facts(model)
+    facts = swapping.weight_facts(model)
     rows = []
     for p in precisions:
         with scoped(p):

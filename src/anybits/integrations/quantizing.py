@@ -11,7 +11,7 @@ from torch import nn
 from anybits import checkpoint
 from anybits.config import Recipe, Single, StoredConfig
 from anybits.errors import AnybitsError
-from anybits.integrations import lazy
+from anybits.integrations import lazy, swapping
 from anybits.integrations import transformers as hf
 from anybits.integrations.model_card import model_card
 from anybits.quantize import pipeline
@@ -43,7 +43,7 @@ def quantize_model(
     folder = Path(out)
     texts = _texts(recipe, calibration)
     model, weights = lazy.load_lazily(source, folder / OFFLOAD_FOLDER)
-    hf.run_experts_eagerly(model)
+    swapping.run_experts_eagerly(model)
     tokenizer = hf.load_tokenizer(source) if texts is not None else None
     windows: Calibration | None = None
     if texts is not None and tokenizer is not None:

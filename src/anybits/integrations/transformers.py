@@ -19,6 +19,8 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa_attention  # noqa: F401
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
@@ -26,8 +28,15 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from anybits import checkpoint
 from anybits.config import QUANT_METHOD, Single, StoredConfig
+from anybits.decode.draft_length import DraftLength
+from anybits.decode.schedule import Schedule
+from anybits.decode.statistics import Statistics
 from anybits.errors import AnybitsError
-from anybits.linear import PlaneLinear, PlaneModule, PlaneStack
+from anybits.integrations.swapping import (
+    model_precision,
+    plane_modules,
+    swap_in_planes,
+)
 from anybits.precision import FIRST_PROFILE, ModelPrecision, Precision
 from anybits.precision import precision as scoped
 from anybits.weight import PlaneWeight
@@ -129,58 +138,6 @@ class AnybitsQuantizer(HfQuantizer):
         return state, checkpoint.metadata(state)
 
 
-def plane_modules(model: nn.Module) -> dict[str, PlaneModule]:
-    """Return the plane modules of a model by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, PlaneModule)}
-
-
-def swap_in_planes(
-    model: nn.Module, stored: StoredConfig, default: ModelPrecision, dtype: torch.dtype | None
-) -> dict[str, PlaneModule]:
-    """Replace every target of `stored` by an empty plane module; return them by name.
-
-    A target is an nn.Linear, or a 3-D parameter `[E, N, K]` of fused experts.
-    """
-    swapped: dict[str, PlaneModule] = {}
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and stored.is_target(name):
-            new: PlaneModule = PlaneLinear(
-                module.in_features, module.out_features, stored.group_size, default, module.bias is not None, dtype
-            )
-            swapped[name] = new
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, new)
-        for leaf, parameter in list(module.named_parameters(recurse=False)):
-            full = f"{name}.{leaf}"
-            if parameter.ndim == 3 and stored.is_target(full):
-                delattr(module, leaf)
-                swapped[full] = PlaneStack(parameter.shape, stored.group_size, default, dtype)
-                setattr(module, leaf, swapped[full])
-                run_experts_eagerly(model)
-    if not swapped:
-        raise AnybitsError(
-            f"none of the checkpoint's quantized modules ({', '.join(stored.targets[:3])} ...) is in the model: "
-            "config.json does not belong to these weights"
-        )
-    stored.check_modules(swapped)
-    for name, module in swapped.items():
-        module.profiles = stored.profiles_of(name)
-    return swapped
-
-
-def model_precision(stored: StoredConfig) -> ModelPrecision:
-    """Return the precision state of a model that `stored` describes: at first the highest."""
-    return ModelPrecision(stored.precisions[-1], stored.precisions, tuple(stored.profiles))
-
-
-def run_experts_eagerly(model: nn.Module) -> None:
-    """Let fused experts run expert by expert: the batched forms need all their matrices as one dense tensor."""
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if config is not None and hasattr(config, "_experts_implementation"):
-            config._experts_implementation = "eager"
-
-
 def attach_precision(model: PreTrainedModel, default: ModelPrecision) -> None:
     """Give a model `set_precision(p)`, `generate(..., precision=p)`, `precisions`, `profiles`, `precision_codes`."""
 
@@ -188,8 +145,30 @@ def attach_precision(model: PreTrainedModel, default: ModelPrecision) -> None:
         """Run at `value` wherever no `anybits.precision` scope says otherwise."""
         default.value = checked(value, default)
 
-    def generate(self: PreTrainedModel, *args: Any, precision: Any = None, **kwargs: Any) -> Any:
-        """`GenerationMixin.generate` at `precision`: one precision or profile, or a list with one per sequence."""
+    lengths: dict[tuple[Single, Single], DraftLength] = {}
+
+    def generate(
+        self: PreTrainedModel,
+        *args: Any,
+        precision: Any = None,
+        draft_precision: Any = None,
+        draft_tokens: int | None = None,
+        schedule: Schedule | str | None = None,
+        statistics: Statistics | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """`GenerationMixin.generate` at `precision`: one precision or profile, or a list with one per sequence.
+
+        draft_precision: draft there and verify at `precision`, with the same tokens when greedy and the same
+        distribution when sampling; draft_tokens: how many a round, None for as many as pay. schedule: a Schedule or
+        its text, in place of one precision. statistics: filled with what drafts or a schedule did.
+        """
+        if draft_precision is not None or schedule is not None or draft_tokens is not None:
+            from anybits.integrations.generation import plan
+
+            passes = plan(default, lengths, precision, draft_precision, draft_tokens, schedule, statistics)
+            passes.streamer = kwargs.get("streamer")
+            return type(self).generate(self, *args, custom_generate=passes, **kwargs)
         scope = contextlib.nullcontext() if precision is None else scoped(checked(precision, default))
         with scope:
             return type(self).generate(self, *args, **kwargs)
@@ -319,12 +298,20 @@ def register_attention(name: str, function: Callable[..., Any], like: str | None
         transformers.AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[like])
 
 
-def weight_facts(model: nn.Module) -> dict[Single, tuple[int, int]]:
-    """Return precision or profile -> (bytes of quantized weights read, number of quantized weights) of a model."""
-    modules = list(plane_modules(model).values())
-    count = sum(module.in_features * module.out_features for module in modules)
-    singles: tuple[Single, ...] = (*modules[0].stored_precisions, *modules[0].profiles) if modules else ()
-    return {p: (sum(m.weight_bytes(p) for m in modules), count) for p in singles}
+def can_be_shortened(cache: Any) -> bool:
+    """Return whether positions can be taken off the end of `cache`: its layers hold keys and values that grow."""
+    layers = getattr(cache, "layers", None)
+    return layers is not None and all(type(one) in (DynamicLayer, DynamicSlidingWindowLayer) for one in layers)
+
+
+def has_window(cache: Any) -> bool:
+    """Return whether a layer of `cache` has a sliding window."""
+    return any(isinstance(one, DynamicSlidingWindowLayer) for one in cache.layers)
+
+
+def generation_output(ids: torch.Tensor, cache: Any) -> GenerateDecoderOnlyOutput:
+    """Return what `generate(return_dict_in_generate=True)` gives: ids `[1, T]` and the cache."""
+    return GenerateDecoderOnlyOutput(sequences=ids, past_key_values=cache)
 
 
 def generate_text(
@@ -335,10 +322,12 @@ def generate_text(
     temperature: float = 0.0,
     seed: int = 0,
     stream: bool = False,
+    **passes: Any,
 ) -> tuple[str, int]:
     """Return the continuation of `prompt` and its number of tokens, at the active precision.
 
-    temperature 0 is greedy; with `stream` the text is also written to the terminal as it comes.
+    temperature 0 is greedy; with `stream` the text is also written to the terminal as it comes; passes: what an
+    anybits model's `generate` takes more than others (draft_precision, schedule, ...).
     """
     encoded = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     if encoded["input_ids"].numel() == 0:
@@ -348,7 +337,7 @@ def generate_text(
     streamer = transformers.TextStreamer(tokenizer, skip_special_tokens=True) if stream else None
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     output = model.generate(
-        **encoded, max_new_tokens=max_new_tokens, streamer=streamer, pad_token_id=padding, **sampling
+        **encoded, max_new_tokens=max_new_tokens, streamer=streamer, pad_token_id=padding, **sampling, **passes
     )
     new = output[0, encoded["input_ids"].shape[1] :]
     return tokenizer.decode(new, skip_special_tokens=True), len(new)
