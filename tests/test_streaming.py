@@ -6,18 +6,20 @@ import os
 import random
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from anybits import AnybitsError, DataAware, Recipe
+from anybits import AnybitsError, DataAware, Recipe, checkpoint
 from anybits.integrations import swapping
 from anybits.integrations import transformers as hf
 from anybits.integrations.lazy import load_lazily
-from anybits.integrations.quantizing import quantize_model
+from anybits.integrations.quantizing import estimate_model, quantize_model
 from anybits.quantize import activations, pipeline
 from anybits.quantize.activations import Activations
+from anybits.quantize.head import find_head
 from anybits.quantize.sensitivity import Sensitivity
 from anybits.quantize.source import Source
 from anybits.quantize.targets import find_targets
@@ -231,3 +233,50 @@ def test_a_run_with_another_fingerprint_is_refused(
         monkeypatch.setattr(anybits, "__version__", "0.0.0")
     with pytest.raises(AnybitsError, match="unfinished run with another model, data, settings or version"):
         quantize_model(str(source), tmp_path / "out", recipe, text)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama-tied-bias", "gemma2", "opt"])
+@pytest.mark.parametrize("method", RECIPES)
+def test_the_head_is_quantized_when_it_is_wanted(tmp_path: Path, method: str, architecture: str) -> None:
+    source = save_tiny(tmp_path / "float", architecture)
+    plain = Recipe(**SMALL, method=method, data_aware=DataAware(descents=1))
+    quantize_model(str(source), tmp_path / "plain", plain, TEXT)
+    quantize_model(str(source), tmp_path / "head", replace(plain, quantize_lm_head=True), TEXT)
+    without, model = hf.load_model(tmp_path / "plain"), hf.load_model(tmp_path / "head")
+    modules = swapping.plane_modules(model)
+    assert set(modules) - set(swapping.plane_modules(without)) == {"lm_head"}
+    name = find_embedding(model)
+    assert torch.equal(model.get_parameter(name), without.get_parameter(name))
+    tokens = torch.tensor([[5, 9, 33, 7, 12]])
+    inputs: list[torch.Tensor] = []
+    hook = without.lm_head.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    with torch.no_grad():
+        without(input_ids=tokens, logits_to_keep=0)
+        hook.remove()
+        expected = inputs[0] @ modules["lm_head"].plane_weight.dequantize(3).T
+        logits = model(input_ids=tokens).logits
+    if architecture == "gemma2":
+        expected = 30 * torch.tanh(expected / 30)
+    torch.testing.assert_close(logits, expected, rtol=2e-3, atol=2e-3)
+    with pytest.raises(AnybitsError, match="no linear output layer"):
+        find_head(torch.nn.Sequential(torch.nn.Linear(3, 3)))
+
+
+def find_embedding(model: torch.nn.Module) -> str:
+    return next(name for name, _ in model.named_parameters() if name.endswith("embed_tokens.weight"))
+
+
+@pytest.mark.parametrize("method", RECIPES)
+def test_a_dry_run_knows_the_result_and_writes_nothing(tmp_path: Path, method: str) -> None:
+    source = save_tiny(tmp_path / "float", "llama")
+    recipe = replace(RECIPES[method], quantize_lm_head=True)
+    before = sorted(tmp_path.rglob("*"))
+    found = estimate_model(str(source), recipe)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert min(found.seconds.values()) > 0
+    assert ("sensitivities" in found.seconds) == (method == "any-precision")
+    quantize_model(str(source), tmp_path / "out", recipe, TEXT)
+    stored = checkpoint.CheckpointReader(
+        checkpoint.checkpoint_files(tmp_path / "out"), hf.stored_config(tmp_path / "out")
+    )
+    assert found.disk["result"] == sum(stored.stored_bytes(name) for name in stored.names())

@@ -311,7 +311,8 @@ class Recipe:
 
     Token counts are `samples` sequences of `seq_len`; `rounds` is T of AnyBCQ's alternation; `steps` and
     `learning_rate` belong to block reconstruction; `data_aware` None chooses codes without the layers' inputs, as
-    both papers do; preset `fast` uses no calibration text at all.
+    both papers do; `quantize_lm_head` adds the output layer to the decoder blocks' layers, a tied one getting planes of
+    its own; preset `fast` uses no calibration text at all.
     """
 
     method: str = "anybcq"
@@ -327,6 +328,7 @@ class Recipe:
     seq_len: int = 512
     seed: int = 0
     data_aware: DataAware | None = field(default_factory=DataAware)
+    quantize_lm_head: bool = False
 
     def __post_init__(self) -> None:
         """Raise AnybitsError naming the first setting that is out of range."""

@@ -96,9 +96,10 @@ def estimate_table(model: str, out: Path, estimate: Estimate) -> Table:
     """Return what a run will take: sums first, then their parts."""
     folder = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
     title = f"{model}: {estimate.weights / 1e6:.1f} M weights to quantize; time is known within a factor of about two"
-    table = Table(title=title)
-    for column in ("", "", "at most at once"):
-        table.add_column(column, justify="left" if not column else "right")
+    table = Table(title=title, show_header=False)
+    table.add_column()
+    table.add_column()
+    table.add_column(justify="right")
 
     def add(name: str, parts: dict[str, str], total: str) -> None:
         table.add_row(name, "", total)
@@ -228,8 +229,8 @@ def decode_line(timing: DecodeTiming) -> str:
     head = ", head quantized" if timing.quantized_head and timing.precision != 16 else ""
     return (
         f"{timing.model}  {name:20s} context {timing.context:6d}  {timing.ms:8.1f} ms  "
-        f"{timing.tokens_per_s:7.2f} tokens/s  {timing.gb_per_s:6.1f} GB/s  {timing.speedup_vs_bf16:5.1f} x bf16  "
-        f"({layers}{head})"
+        f"{timing.tokens_per_s:7.2f} tokens/s  {timing.gb_per_s:6.1f} GB/s  "
+        f"{timing.speedup_vs_bf16:5.1f} x bf16  ({layers}{head})"
     )
 
 

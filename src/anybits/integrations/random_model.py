@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from anybits.integrations import decoding
 from anybits.integrations import transformers as hf
 
 
@@ -22,7 +21,6 @@ def llama(sizes: dict[str, Any], distinct: int) -> hf.PreTrainedModel:
         model = hf.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     layers = list(model.model.layers)[:distinct]
     model.model.layers = nn.ModuleList(layers)
-    decoding.use_decode_attention(model)
     return model
 
 

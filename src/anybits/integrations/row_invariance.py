@@ -17,13 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from anybits.integrations import decoding
 from anybits.integrations import transformers as hf
 
-BASES: dict[str, Callable[..., tuple[torch.Tensor, None]]] = {
-    "sdpa": hf.sdpa_attention,
-    decoding.NAME: decoding.attend,
-}
+BASES: dict[str, Callable[..., tuple[torch.Tensor, None]]] = {"sdpa": hf.sdpa_attention}
 """Implementations of attention whose rows can be run one by one: a mask of theirs says nothing but what is past."""
 
 _verifying: ContextVar[bool] = ContextVar("anybits_verifying", default=False)

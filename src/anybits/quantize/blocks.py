@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +82,18 @@ def embedded(model: nn.Module, blocks: nn.ModuleList, batches: Iterable[torch.Te
         first.remove()
 
 
+@contextmanager
+def bypassed(blocks: nn.ModuleList, output: Any) -> Iterator[None]:
+    """Let the blocks do nothing but return `output`, so that the model runs what comes behind them."""
+    try:
+        for block in blocks:
+            block.forward = lambda *_, **__: output
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
 def _to_float32(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.float() if value.is_floating_point() else value
@@ -98,13 +110,16 @@ class BlockRunner:
     def __init__(self, block: nn.Module, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
         self.block = copy.deepcopy(block).float().requires_grad_(False)
         self.positional, self.keywords = arguments
+        self.as_tuple = False
+        """Whether the block wraps its output in a tuple, once it has run."""
 
     def __call__(self, hidden: torch.Tensor, weights: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
         """Return the block's output `[batch, tokens, hidden]`; weights: parameter name -> replacement."""
         output = torch.func.functional_call(
             self.block, dict(weights or {}), (hidden, *self.positional), kwargs=self.keywords, strict=False
         )
-        return output[0] if isinstance(output, tuple) else output
+        self.as_tuple = isinstance(output, tuple)
+        return output[0] if self.as_tuple else output
 
     @torch.no_grad()
     def run_all(

@@ -12,6 +12,7 @@ from torch import nn
 from anybits.config import Recipe
 from anybits.quantize import anybcq, anyprecision, data_aware
 from anybits.quantize.activations import IN_MEMORY
+from anybits.quantize.head import find_head
 from anybits.quantize.hessian import Moments
 from anybits.quantize.pipeline import REST_BYTES, walk_bytes
 from anybits.quantize.source import Source
@@ -55,7 +56,8 @@ class _Shape:
 
     def __init__(self, source: Source, targets: list[list[Target]], tokens: int, recipe: Recipe) -> None:
         self.source, self.recipe, self.tokens = source, recipe, tokens
-        self.targets = [target for block in targets for target in block]
+        self.head = [find_head(source.model)] if recipe.quantize_lm_head else []
+        self.targets = [*(target for block in targets for target in block), *self.head]
         self.block = max(targets, key=lambda block: sum(_numel(t) for t in block))
         self.blocks = len(targets)
         self.weights = sum(_numel(t) for t in self.targets)
@@ -97,7 +99,9 @@ class _Shape:
         kept = sum(
             t.nbytes
             for name, t in self.source.tensors.items()
-            if name not in tied and not any(name.endswith(f".{q}") for q in quantized)
+            if name not in tied
+            and name not in [t.parameter for t in self.head]
+            and not any(name.endswith(f".{q}") for q in quantized)
         )
         parts = {"result": sum(_stored_bytes(t, self.recipe) for t in self.targets) + kept}
         if self.activations > IN_MEMORY:

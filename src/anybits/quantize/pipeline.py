@@ -25,6 +25,7 @@ from anybits.quantize import anybcq, anyprecision, block_tuning, layerwise
 from anybits.quantize.activations import Keeper
 from anybits.quantize.blocks import BlockInputs, BlockRunner, capture
 from anybits.quantize.calibration import Calibration
+from anybits.quantize.head import find_head, head_moments, quantize_head
 from anybits.quantize.interruptions import explained
 from anybits.quantize.sensitivity import Sensitivity
 from anybits.quantize.source import Source
@@ -33,6 +34,7 @@ from anybits.weight import PlaneWeight
 
 STATE_FILE = "quantize.json"
 SENSITIVITY_FOLDER = "sensitivity"
+HEAD = "head"
 REST_BYTES = 512 << 20
 """Bytes of unquantized tensors in one file, unless a single one is larger: what is in memory to write it."""
 
@@ -84,11 +86,13 @@ def quantize(
     stored = StoredConfig(
         method=recipe.method,
         precisions=recipe.precisions,
-        targets=target_patterns(model),
+        targets=target_patterns(model) + ((run.head.module,) if run.head else ()),
         group_size=recipe.group_size if recipe.method == "anybcq" else None,
         symmetric=recipe.symmetric if recipe.method == "anybcq" else None,
         recipe=recipe.to_dict() | _data_facts(calibration) | {"anybits_version": version},
     )
+    if run.head:  # planes of its own in place of the embedding's matrix
+        model_config = model_config | {"tie_word_embeddings": False}
     with explained(out):
         run.writer.finish([*run.shard_names(), *rest], stored, model_config)
         last_step(stored)
@@ -141,6 +145,7 @@ class _Walk:
     keeper: Keeper
     float_path: Sequence[torch.Tensor]
     paths: dict[int, Sequence[torch.Tensor]]
+    as_tuple: bool = False
 
 
 class _Run:
@@ -158,9 +163,14 @@ class _Run:
         self.writer, self.progress = writer, progress
         self.prefix, self.blocks = source.prefix, source.blocks
         self.targets = [find_targets(block) for block in self.blocks]
+        self.head = find_head(source.model) if recipe.quantize_lm_head else None
         self.sensitivity: Sensitivity | None = None
 
     def shard_names(self) -> list[str]:
+        """Return the shards of blocks and head, in the order in which they are written."""
+        return [*self.block_names(), *([HEAD] if self.head else [])]
+
+    def block_names(self) -> list[str]:
         """Return the shard of each block."""
         return [f"block-{index:05d}" for index in range(len(self.blocks))]
 
@@ -174,18 +184,33 @@ class _Run:
         return digest.hexdigest()
 
     def quantize_blocks(self) -> None:
-        """Quantize, tune and write every block that is not yet on disk."""
-        todo = [not self.writer.has_shard(name) for name in self.shard_names()]
+        """Quantize, tune and write every block, and the head if it is wanted, that is not yet on disk."""
+        todo = [not self.writer.has_shard(name) for name in self.block_names()]
+        head = self.head is not None and not self.writer.has_shard(HEAD)
         if self.recipe.method == "any-precision" and self.recipe.needs_text and any(todo):
             self._measure_sensitivity(todo)
-        walked = (self.recipe.uses_hessian or self.recipe.reconstructs) and any(todo)
+        walked = (self.recipe.uses_hessian or self.recipe.reconstructs) and (any(todo) or head)
         walk = self._walk() if walked else None
         for index in range(len(todo)):
             with self.source.block(index):
                 self._finish_block(index, walk, todo[index])
+        if head:
+            self._write_head(walk)
+
+    def _write_head(self, walk: _Walk | None) -> None:
+        assert self.head is not None
+        moments = None
+        if walk is not None and self.recipe.uses_hessian:
+            assert self.recipe.data_aware is not None
+            own = [p for p in self.recipe.precisions if p <= self.recipe.data_aware.own_inputs]
+            moments = head_moments(self.source, self.head, walk.float_path, walk.paths, own, walk.as_tuple)
+        name = self.head.module
+        tensors = quantize_head(self.source, self.head, self.recipe, moments).tensors()
+        sentinel = {f"{name}.weight": torch.empty(0, dtype=self.source.dtype)}  # see PlaneModule
+        self.writer.write_shard(HEAD, sentinel | {f"{name}.{key}": value for key, value in tensors.items()})
 
     def _finish_block(self, index: int, walk: _Walk | None, todo: bool) -> None:
-        name = self.shard_names()[index]
+        name = self.block_names()[index]
         weights = self._quantize_weights(index) if todo else self._read_back(index)
         if walk is not None:
             weights = self._fit_and_move(index, weights, walk, todo)
@@ -243,7 +268,7 @@ class _Run:
             with torch.no_grad():
                 replaced = block_tuning.dense(weights, targets, p, like)
             walk.paths[p] = runner.run_all(path, lambda replaced=replaced: replaced, walk.keeper.keep)  # type: ignore[misc]
-        walk.float_path = wanted
+        walk.float_path, walk.as_tuple = wanted, runner.as_tuple
         return weights
 
     def _write_block(self, index: int, name: str, weights: dict[str, PlaneWeight]) -> None:
@@ -258,7 +283,7 @@ class _Run:
 
     def _read_back(self, index: int) -> dict[str, PlaneWeight]:
         recipe = self.recipe
-        path = self.writer.folder / f"model-{self.shard_names()[index]}.safetensors"
+        path = self.writer.folder / f"model-{self.block_names()[index]}.safetensors"
         group_size = recipe.group_size if recipe.method == "anybcq" else None
         stored = StoredConfig(recipe.method, recipe.precisions, (), group_size, recipe.symmetric)
         reader = CheckpointReader([path], stored)
@@ -272,6 +297,8 @@ class _Run:
         tied = set(getattr(self.source.model, "all_tied_weights_keys", None) or {})
         parts: list[list[str]] = [[]]
         size = 0
+        if self.head:
+            tied.add(self.head.parameter)
         for name in self.source.rest_names():
             if name in tied:
                 continue

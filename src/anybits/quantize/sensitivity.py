@@ -7,7 +7,6 @@ gradient to the block before it. Every file is whole or absent, so a killed meas
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import nn
 from anybits.checkpoint import CheckpointReader, CheckpointWriter
 from anybits.config import StoredConfig
 from anybits.quantize.activations import Activations
-from anybits.quantize.blocks import block_arguments, embedded
+from anybits.quantize.blocks import block_arguments, bypassed, embedded
 from anybits.quantize.source import Source
 from anybits.quantize.targets import Target
 
@@ -93,7 +92,7 @@ class Sensitivity:
         model, blocks = self._source.model, self._source.blocks
         for window, output in zip(self._windows, self._open("inputs", len(blocks)), strict=True):
             leaf = output.requires_grad_(True)
-            with _replaced(blocks, (leaf,) if as_tuple else leaf), torch.enable_grad():
+            with bypassed(blocks, (leaf,) if as_tuple else leaf), torch.enable_grad():
                 loss = model(input_ids=window, labels=window, use_cache=False).loss
             yield torch.autograd.grad(loss, leaf)[0]
 
@@ -146,15 +145,3 @@ def _run(block: nn.Module, hidden: torch.Tensor, arguments: Arguments) -> torch.
     positional, keywords = arguments
     output = block(hidden, *positional, **keywords)
     return output[0] if isinstance(output, tuple) else output
-
-
-@contextmanager
-def _replaced(blocks: nn.ModuleList, output: Any) -> Iterator[None]:
-    """Let the blocks do nothing but return `output`, so that the model runs what comes behind them."""
-    try:
-        for block in blocks:
-            block.forward = lambda *_, **__: output
-        yield
-    finally:
-        for block in blocks:
-            del block.forward
