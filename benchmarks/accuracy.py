@@ -209,10 +209,18 @@ def measure(arguments: argparse.Namespace) -> None:
                 },
                 "threads": torch.get_num_threads(),
             }
-            with arguments.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            append(arguments.out, line)
             shown = "  ".join(f"{p}: {gap:+.4f}" for p, gap in gaps.items())
             print(f"{name:36s} seed {seed}  {shown}  {seconds:.0f} s", flush=True)
+
+
+def append(path: Path, line: dict) -> None:
+    """Add a line to an output file, on its own even where a killed run left half of one."""
+    with path.open("a+b") as file:
+        if file.tell():
+            file.seek(-1, 2)
+            file.write(b"" if file.read(1) == b"\n" else b"\n")
+        file.write(json.dumps(line).encode() + b"\n")
 
 
 def read(path: Path) -> list[dict]:

@@ -51,7 +51,7 @@ def test_every_architecture_goes_through(tmp_path: Path, architecture: str) -> N
             parameter.copy_(module.plane_weight.dequantize(4).view(parameter.shape))
     with torch.no_grad():
         expected = original(input_ids=TOKENS).logits
-    torch.testing.assert_close(logits(model, 4), expected, rtol=3e-4, atol=3e-4)
+    torch.testing.assert_close(logits(model, 4), expected, rtol=1e-3, atol=1e-3)
     for p in (2, 3, 4):
         generated = model.generate(input_ids=TOKENS, max_new_tokens=4, do_sample=False, precision=p)
         assert generated.shape[1] > TOKENS.shape[1]

@@ -258,8 +258,9 @@ class DataAware:
     codebook_iterations: conjugate-gradient steps of a centroid refit; correction: share of the shift of
     a layer's target that makes up for the layers before it; damping: added to the Hessian's diagonal, relative
     to its mean; column_order: given or energy; precision_weights: what each precision's relative error counts
-    (empty: the lowest 2, others 1); balance: 1 weighs relative errors, 0 absolute ones; sequential: layers see their
-    predecessors in the block quantized; own_inputs: the highest precision fitted to inputs from the model as quantized
+    (empty: the lowest 1.5, the highest 1.25, others 1); balance: 1 weighs relative errors, 0 absolute ones;
+    sequential: layers see their predecessors in the block quantized; own_inputs: the highest precision fitted to
+    inputs from the model as quantized
     at it so far, those above being fitted to the float model's, which is faster; exhaustive, beam: of the
     search (nested_codes.Search).
     """

@@ -228,7 +228,8 @@ def decode_line(timing: DecodeTiming) -> str:
     head = ", head quantized" if timing.quantized_head and timing.precision != 16 else ""
     return (
         f"{timing.model}  {name:20s} context {timing.context:6d}  {timing.ms:8.1f} ms  "
-        f"{timing.tokens_per_s:7.2f} tokens/s  {timing.gb_per_s:6.1f} GB/s  {timing.speedup_vs_bf16:5.1f} x bf16  ({layers}{head})"
+        f"{timing.tokens_per_s:7.2f} tokens/s  {timing.gb_per_s:6.1f} GB/s  {timing.speedup_vs_bf16:5.1f} x bf16  "
+        f"({layers}{head})"
     )
 
 

@@ -42,12 +42,12 @@ DENSE_ROWS = {
 }
 """(instruction set, affine) -> for p = 0 ... 8, rows of bf16 x from which slabs and torch's GEMM are faster.
 
-amx: cycles for 2048 weights on one core of a Xeon with AMX, best of 60 to 300 calls in the second-level cache, p = 2 / 3 / 4.
-Kernel at 16 rows: affine 586 / 801 / 1008, codebook 451 / 467 / 484. Slabs: affine 987 / 1177 / 1389, codebook
-333 / 363 / 394. torch's bf16 GEMM: 1020 at 16 rows, 1270 at 32, 1900 at 64, 2700 at 128, 4350 at 256, 7450 at 512.
-avx2: measured on a quiet Zen 4. avx512, p <= 3 affine: the same. avx512, the rest: computed from the kernel's and the GEMM's
-times on that Zen 4 and the slabs' cycles above; not measured. Precisions 5 to 8 of amx are extrapolated, NEON's
-row is a copy of avx2's and portable's a guess.
+amx: cycles for 2048 weights on one core of a Xeon with AMX, best of 60 to 300 calls in the second-level cache,
+p = 2 / 3 / 4. Kernel at 16 rows: affine 586 / 801 / 1008, codebook 451 / 467 / 484. Slabs: affine 987 / 1177 / 1389,
+codebook 333 / 363 / 394. torch's bf16 GEMM: 1020 at 16 rows, 1270 at 32, 1900 at 64, 2700 at 128, 4350 at 256,
+7450 at 512. avx2: measured on a quiet Zen 4. avx512, p <= 3 affine: the same. avx512, the rest: computed from the
+kernel's and the GEMM's times on that Zen 4 and the slabs' cycles above; not measured. Precisions 5 to 8 of amx are
+extrapolated, NEON's row is a copy of avx2's and portable's a guess.
 """
 
 DENSE_ROWS_FP32 = 8

@@ -146,8 +146,8 @@ def _search(
 
 def _counts(settings: DataAware, precisions: tuple[int, ...]) -> tuple[float, ...]:
     """Return what each precision's relative error counts."""
-    # The lowest counts twice: every other one builds on its planes, and all gained when this was measured.
-    given = settings.precision_weights or (2.0,) + (1.0,) * (len(precisions) - 1)
+    # The lowest counts more, as every other one builds on its planes, and the highest, which loses the most by sharing.
+    given = settings.precision_weights or (1.5, *(1.0,) * (len(precisions) - 2), 1.25)[: len(precisions)]
     if len(given) != len(precisions):
         raise AnybitsError(f"{len(given)} precision weights are given for {len(precisions)} precisions")
     return given
