@@ -18,6 +18,8 @@ class Backend(Protocol):
     """A way to multiply by a PlaneWeight."""
 
     name: str
+    device_type: str | None
+    """The only type of device it runs on; None for all."""
 
     def unsupported(self, weight: PlaneWeight, device: torch.device) -> str | None:
         """Return why this backend cannot serve `weight` on `device`, or None when it can."""
@@ -50,7 +52,7 @@ def backends() -> tuple[Backend, ...]:
 def choose(weight: PlaneWeight, device: torch.device) -> Backend:
     """Return the preferred backend that serves `weight` on `device`; ANYBITS_BACKEND forces one by name.
 
-    Each reason for passing a backend over is logged once.
+    Each reason for passing over a backend made for this type of device is logged once.
     """
     forced = os.environ.get("ANYBITS_BACKEND")
     if forced:
@@ -59,7 +61,8 @@ def choose(weight: PlaneWeight, device: torch.device) -> Backend:
         reason = backend.unsupported(weight, device)
         if reason is None:
             return backend
-        _announce(f"backend {backend.name} not used: {reason}")
+        if backend.device_type in (None, device.type):
+            _announce(f"backend {backend.name} not used: {reason}")
     raise AnybitsError(f"no backend can multiply on device {device}")
 
 

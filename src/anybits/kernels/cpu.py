@@ -104,6 +104,7 @@ class CpuBackend:
     """
 
     name = "cpu"
+    device_type: str | None = "cpu"
 
     def __init__(self, isa: str | None = None, fast: bool | None = None) -> None:
         self._isa = isa

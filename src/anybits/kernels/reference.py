@@ -12,6 +12,7 @@ class ReferenceBackend:
     """Dequantize the whole matrix at each call, in plain torch."""
 
     name = "reference"
+    device_type: str | None = None
 
     def unsupported(self, weight: PlaneWeight, device: torch.device) -> str | None:
         """Return None: plain torch serves every weight on every device."""

@@ -37,6 +37,7 @@ class CudaBackend:
     """Multiplies straight from repacked planes on an NVIDIA GPU of compute capability 8.0 or newer."""
 
     name = "cuda"
+    device_type: str | None = "cuda"
 
     def unsupported(self, weight: PlaneWeight, device: torch.device) -> str | None:
         """Return why not, or None: any PlaneWeight on a GPU that the installed compiler and driver serve."""
