@@ -31,6 +31,7 @@ from anybits.decode.speculation import speculate
 from anybits.decode.statistics import Statistics
 from anybits.evaluate.kernels import random_weight
 from anybits.evaluate.perplexity import split_windows
+from anybits.integrations import decoding
 from anybits.integrations import transformers as hf
 from anybits.integrations.generation import ModelStepper
 from anybits.integrations.row_invariance import row_invariant
@@ -106,6 +107,7 @@ def random_model(method: str, layers: int, distinct: int, dtype: torch.dtype) ->
             setattr(model.get_submodule(holder), leaf, torch.nn.Parameter(value, requires_grad=False))
     model.tie_weights()
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    decoding.use_decode_attention(model)
     return model.eval(), weights
 
 

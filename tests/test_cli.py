@@ -155,7 +155,6 @@ BAD = {
     "already holds a model": ("quantize", "{float}", "-o", "{any}", "--preset", "fast"),
     "Missing option": ("quantize", "{float}"),
     "precision 7 is not stored: choose one of 2, 3, 4": ("generate", "{any}", "--precision", "7", "--prompt", "a"),
-    "a schedule names its precisions": ("generate", "{any}", "--precision", "2", "--schedule", "x", "--prompt", "a"),
     "schedule 'x' cannot be read": ("generate", "{any}", "--schedule", "x", "--prompt", "a"),
     "the prompt is empty": ("generate", "{any}", "--precision", "2", "--prompt", ""),
     "is not quantized": ("generate", "{float}", "--prompt", "a"),

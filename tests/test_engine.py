@@ -101,7 +101,8 @@ def test_logits_are_the_same_numbers_in_every_mix(name: str, tmp_path: Path, mon
     plain = PlaneLinear.forward
 
     def row_by_row(layer: PlaneLinear, x: torch.Tensor) -> torch.Tensor:
-        rows, wanted = x.reshape(-1, x.shape[-1]), per_row(active(layer.default), x.shape[:-1])
+        wanted = per_row(layer.own_precision(active(layer.default)), x.shape[:-1])
+        rows = x.reshape(-1, x.shape[-1])
         done = []
         for row, p in zip(rows, [wanted] * len(rows) if isinstance(wanted, int) else wanted.tolist(), strict=True):
             with precision(p):

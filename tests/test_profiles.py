@@ -14,6 +14,7 @@ import anybits
 from anybits import AnybitsError, Recipe, checkpoint
 from anybits.config import StoredConfig, parse_precision, parse_singles
 from anybits.evaluate import profiling, sensitivity
+from anybits.integrations import swapping
 from anybits.integrations import transformers as hf
 from anybits.integrations.model_card import with_table
 from anybits.precision import FIRST_PROFILE, ModelPrecision
@@ -186,7 +187,7 @@ def test_profiles_survive_saving_and_a_lower_maximum(tmp_path: Path, folder: Pat
     with anybits.precision("low"):
         assert torch.equal(logits(small), logits(whole))
         assert torch.equal(logits(again), logits(whole))
-    facts = hf.weight_facts(whole)
+    facts = swapping.weight_facts(whole)
     modules = hf.plane_modules(whole)
     assert facts["low"][0] == sum(m.plane_weight.weight_bytes(low[name]) for name, m in modules.items())
 
