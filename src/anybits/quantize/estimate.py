@@ -13,7 +13,7 @@ from anybits.config import Recipe
 from anybits.quantize import anybcq, anyprecision, data_aware
 from anybits.quantize.activations import IN_MEMORY
 from anybits.quantize.head import find_head
-from anybits.quantize.hessian import Moments
+from anybits.quantize.hessian import Moments, problem
 from anybits.quantize.pipeline import REST_BYTES, walk_bytes
 from anybits.quantize.source import Source
 from anybits.quantize.targets import Target, find_targets
@@ -164,11 +164,14 @@ def _stored_bytes(target: Target, recipe: Recipe) -> int:
 
 
 def _timed(work: Callable[[], object]) -> float:
-    """Return the seconds of the second of two calls: the first also loads libraries."""
+    """Return the least seconds of three calls after one that warms up: other work on the machine counts least so."""
     work()
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return min(times)
 
 
 def _multiply_adds_a_second() -> float:
@@ -191,32 +194,46 @@ def _data_free_seconds(block: list[Target], recipe: Recipe) -> float:
 
 @dataclass(frozen=True)
 class _Cost:
-    """Seconds of data-aware codes for K columns and N rows: N K column + N K² square + K³ cube."""
+    """Seconds of data-aware codes for K columns and N rows in chunks.
 
+    chunks K call + N K column + N K² square, chunks running on all cores, + K³ cube.
+    """
+
+    precisions: int
+    call: float
     column: float
     square: float
     cube: float
 
     def __call__(self, columns: int, rows: int) -> float:
-        return rows * columns * (self.column + columns * self.square) + columns**3 * self.cube
+        step = max(1, min(data_aware.ROWS, data_aware.CHUNK // (self.precisions * columns)))
+        chunks = -(-rows // step)
+        passes = chunks * columns * self.call + rows * columns * (self.column + columns * self.square)
+        return passes / min(chunks, torch.get_num_threads()) + columns**3 * self.cube
 
     @classmethod
     def measured(cls, recipe: Recipe) -> _Cost:
-        """Solve for the three from samples of two widths and two heights."""
-        narrow, wide, few, many = 256, 768, 32, 256
-        slope = {}
+        """Solve for the four from samples of two widths and two heights, and from one factorisation."""
+        narrow, wide, few, many = 256, 1024, 32, 256
+        cube = _timed(lambda: problem(_moments(wide, recipe), 0.01, 0.5)) / wide**3
+        slope, fixed = {}, 0.0
         for columns in (narrow, wide):
             times = [_data_aware_seconds(columns, rows, recipe) for rows in (few, many)]
             slope[columns] = max(times[1] - times[0], 0.0) / (many - few) / columns
-            fixed = max(times[0] - few * columns * slope[columns], 0.0)
+            fixed = max(times[0] - few * columns * slope[columns] - cube * columns**3, 0.0)
         square = max(slope[wide] - slope[narrow], 0.0) / (wide - narrow)
-        return cls(max(slope[narrow] - narrow * square, 0.0), square, fixed / wide**3)
+        return cls(len(recipe.precisions), fixed / wide, max(slope[narrow] - narrow * square, 0.0), square, cube)
+
+
+def _moments(columns: int, recipe: Recipe) -> Moments:
+    x = torch.randn(2 * columns, columns)
+    hessian = (x.T @ x).repeat(len(recipe.precisions), 1, 1)
+    return Moments(hessian, hessian.clone())
 
 
 def _data_aware_seconds(columns: int, rows: int, recipe: Recipe) -> float:
     assert recipe.data_aware is not None
     settings, weight = recipe.data_aware, torch.randn(rows, columns)
     start = _data_free(weight, recipe)
-    x = torch.randn(2 * columns, columns)
-    hessian = (x.T @ x).expand(len(recipe.precisions), -1, -1)
-    return _timed(lambda: data_aware.improve(weight, start, Moments(hessian.clone(), hessian.clone()), settings))
+    moments = _moments(columns, recipe)
+    return _timed(lambda: data_aware.improve(weight, start, moments, settings))
