@@ -35,7 +35,7 @@ def can_draft(sequence: Sequence) -> bool:
 
 def reach(sequence: Sequence) -> int:
     """Return the positions that a round may write to: the present tokens and the longest draft."""
-    return min(len(sequence.tokens) + MAX_DRAFT, max(len(sequence.prompt) + sequence.max_tokens - 1, 1))
+    return min(len(sequence.tokens) + MAX_DRAFT, len(sequence.prompt) + sequence.max_tokens - 1)
 
 
 @dataclass
