@@ -1,8 +1,9 @@
-"""Perplexity against effective bits: profiles and whole-model precisions of quantized models, as JSON lines and a plot.
+"""Perplexity against effective bits: profiles and whole-model precisions of quantized models, as JSON lines.
 
 python benchmarks/profiles.py demo-out/anybcq demo-out/any-precision --calibration C.txt --text HELD_OUT.txt --name demo
 
 Repeated after an interruption, it goes on where it stopped: profiles, sensitivities and lines that exist are kept.
+`scripts/make_plots.py` draws what it found.
 Exit code 1 when a profile exceeds its bytes or does not lie below the straight line between its neighbours.
 """
 
@@ -25,7 +26,6 @@ from anybits.checkpoint import read_stored_config
 from anybits.config import Single, StoredConfig
 from anybits.evaluate import profiling
 from anybits.evaluate.evaluation import evaluate, read_text
-from anybits.evaluate.report import Chart, draw
 from anybits.quantize.allocation import neighbours
 from anybits.quantize.profile_search import Search
 
@@ -101,12 +101,12 @@ def judge(folder: Path, lines: list[dict[str, Any]]) -> bool:
 
 
 def main() -> None:
-    """Find profiles, measure, judge, and draw."""
+    """Find profiles, measure, and judge."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", type=Path, nargs="+")
     parser.add_argument("--calibration", required=True, help="text that profiles are found on")
     parser.add_argument("--text", type=Path, required=True, help="held-out text")
-    parser.add_argument("--name", required=True, help="stem of the results file and the plot")
+    parser.add_argument("--name", required=True, help="end of the name of the results file")
     parser.add_argument("--max-tokens", type=int, default=16_384)
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--seq-len", type=int, default=512)
@@ -114,19 +114,14 @@ def main() -> None:
     chosen = parser.parse_args()
     settings = profiling.Settings(chosen.samples, chosen.seq_len, search=Search(generations=chosen.generations))
     out = ROOT / "benchmarks" / "results" / f"profiles-{chosen.name}.jsonl"
-    text, everything, charted, good = read_text(chosen.text), [], {}, True
+    text, everything, good = read_text(chosen.text), [], True
     for folder in chosen.models:
         shown = profiling.Progress(found=lambda found: print(found, flush=True))
         profiling.profile_model(folder, chosen.calibration, None, settings, progress=shown)
         lines = measure(folder, text, chosen.max_tokens, out)
         good &= judge(folder, lines)
         everything += lines
-        for label, kind in ((folder.name, int), (f"{folder.name}: profiles", str)):
-            points = [line for line in lines if isinstance(line["precision"], kind)]
-            charted[label] = [(ln["bits_per_weight"], ln["perplexity"], str(ln["precision"])) for ln in points]
     out.write_text("".join(json.dumps(line) + "\n" for line in everything), encoding="utf-8")
-    chart = Chart("bits read for each weight, levels included", "held-out perplexity", charted, log_y=True)
-    draw(chart, ROOT / "docs" / "images" / f"profiles-{chosen.name}.png")
     sys.exit(0 if good else 1)
 
 

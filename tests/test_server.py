@@ -190,6 +190,23 @@ def test_a_seed_gives_the_same_text_and_n_choices_differ(server: Server) -> None
     assert (one.usage.prompt_tokens, one.usage.completion_tokens) == (5, 36)
 
 
+def test_drafts_leave_the_text_as_it_is_and_are_counted(server: Server) -> None:
+    before = server.metric("anybits_drafted_tokens_total")
+    wanted = complete(server, "Hello", max_tokens=60).choices[0].text
+    assert server.metric("anybits_drafted_tokens_total") == before
+    for streamed in (False, True):
+        answer = complete(server, "Hello", max_tokens=60, stream=streamed, extra_body={"draft_precision": 3})
+        assert (answer.choices[0].text if not streamed else "".join(c.choices[0].text for c in answer)) == wanted
+    stopped = complete(server, "Hello", max_tokens=60, stop=[wanted[20:23]], extra_body={"draft_precision": 3})
+    assert stopped.choices[0].text == wanted[: wanted.index(wanted[20:23])]
+    drawn = complete(server, "Hello", max_tokens=30, temperature=0.8, top_p=0.9, extra_body={"draft_precision": 2})
+    assert drawn.usage.completion_tokens == 30
+    drafted = server.metric("anybits_drafted_tokens_total") - before
+    assert drafted > 0
+    assert server.metric("anybits_accepted_tokens_total") <= server.metric("anybits_drafted_tokens_total")
+    server.wait_until_idle(2)
+
+
 def test_several_prompts_and_token_ids(server: Server) -> None:
     texts = [c.text for c in complete(server, ["abc", "Hello"], max_tokens=6).choices]
     assert texts == [complete(server, p, max_tokens=6).choices[0].text for p in ("abc", "Hello")]
@@ -208,6 +225,14 @@ WRONG = [
     ({"precision": 2.7}, 400, "precision", "precision 2.7 is not stored: choose one of 2, 2.5, 3, 4"),
     ({"precision": "high"}, 400, "precision", "auto"),
     ({"prefill_precision": 8}, 400, "prefill_precision", "choose one of 2, 2.5, 3, 4"),
+    ({"precision": 3, "draft_precision": 3}, 400, "draft_precision", 'choose 2, 2.5 or "off"'),
+    (
+        {"precision": 2, "draft_precision": 3},
+        400,
+        "draft_precision",
+        'lower than the request\'s precision 2: choose "off"',
+    ),
+    ({"draft_precision": 9}, 400, "draft_precision", 'choose one of 2, 2.5, 3, 4 or "off"'),
     ({"model": "gpt"}, 404, "model", "choose tiny or tiny:2bit"),
     ({"model": "tiny:2bit", "precision": 3}, 400, "precision", "contradicts"),
     ({"max_tokens": -1}, 400, "max_tokens", "greater than or equal to 1"),
@@ -391,6 +416,7 @@ def test_a_killed_server_serves_again_on_the_same_port(folder: Path, tmp_path: P
 def test_a_wrong_option_is_one_sentence(folder: Path) -> None:
     for options, says in [
         (["--precision", "7"], "precision 7 is not stored: choose one of 2, 2.5, 3, 4 or auto"),
+        (["--draft-precision", "4"], "draft precision 4 is not lower than the precision 4: give a lower one"),
         (["--max-model-len", "9000"], "max-model-len 9000 is more than the 8192 positions"),
     ]:
         command = [sys.executable, "-c", MAIN, "serve", str(folder), "--port", "0", *options]

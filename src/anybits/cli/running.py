@@ -52,6 +52,9 @@ def serve(
     precision: Annotated[
         str | None, typer.Option(help="Bits or profile of requests that name none, or auto. Default: highest.")
     ] = None,
+    draft_precision: Annotated[
+        str | None, typer.Option(help="Bits or profile that draft while one request runs alone. Default: no drafts.")
+    ] = None,
     api_key: Annotated[
         str | None, typer.Option(envvar="ANYBITS_API_KEY", help="Key that clients must send.", show_envvar=True)
     ] = None,

@@ -70,10 +70,14 @@ def draw(chart: Chart, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for label, points in chart.lines.items():
+    for index, (label, points) in enumerate(chart.lines.items()):
         axes.plot([x for x, _, _ in points], [y for _, y, _ in points], marker="o", label=label)
+        # Falling lines that lie close: the first half has its numbers above, the others below, so that none meet.
+        above = index < len(chart.lines) / 2
+        place = {"xytext": (5, 5)} if above else {"xytext": (-5, -5), "ha": "right", "va": "top"}
+        ground = {"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.5}  # keeps them legible on another line
         for x, y, text in points:
-            axes.annotate(text, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=8)
+            axes.annotate(text, (x, y), textcoords="offset points", fontsize=8, bbox=ground, **place)
     for label, y in chart.levels.items():
         axes.axhline(y, color="gray", linestyle="--", label=label)
     axes.set_xlabel(chart.x_label)

@@ -21,6 +21,7 @@ from anybits.serve.attention import PagedAttention, ShapeProbe, Span
 from anybits.serve.kv import BLOCK, BlockPool, KVCache, blocks_for, blocks_in
 from anybits.serve.scheduler import Scheduler
 from anybits.serve.sequence import Chunk, Sequence, Token
+from anybits.serve.speculation import Speculation, can_draft, reach
 from anybits.serve.tiles import tile_linears
 
 logger = logging.getLogger(__name__)
@@ -69,9 +70,9 @@ class Engine:
         mixes = not any(isinstance(m, PlaneStack) for m in model.modules())
         self.failed: list[Sequence] = []
         """Sequences that broke the last step; they are out of the batch, and their blocks are free."""
-        self.scheduler = Scheduler(
-            BlockPool(blocks), limits.max_batch, max(limits.max_rows, limits.max_batch), not mixes
-        )
+        max_rows = max(limits.max_rows, limits.max_batch)
+        self.scheduler = Scheduler(BlockPool(blocks), limits.max_batch, max_rows, not mixes)
+        self.speculation = Speculation(self._rows, max_rows)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; raise AnybitsError when it can never run."""
@@ -88,8 +89,30 @@ class Engine:
         """Run one forward and return the tokens that it brought; an idle engine returns none."""
         self.failed = []
         chunks = self.scheduler.schedule()
+        alone = chunks[0].sequence if len(self.scheduler.running) == len(chunks) == 1 else None
+        if alone is not None and can_draft(alone):
+            return self._speculate(alone)
         self.cache.clear(self.scheduler.taken)
         return [token for part, logits in self._forwards(chunks) for token in self.advance(part, logits)]
+
+    def _speculate(self, sequence: Sequence) -> list[Token]:
+        """Run one round of drafts and return the tokens that stand, up to the one that ends the sequence."""
+        self.scheduler.extend(sequence, reach(sequence))
+        self.cache.clear(self.scheduler.taken)
+        now = sequence.choice.precision
+        try:
+            new = self.speculation.round(sequence, now)
+        except Exception:
+            self._fail(sequence)
+            return []
+        tokens = []
+        for token in new:
+            sequence.append(token, now)
+            tokens.append(Token(sequence, token, now, None, sequence.finish))
+            if sequence.finish is not None:
+                self.scheduler.remove(sequence)
+                break
+        return tokens
 
     def _forwards(self, chunks: list[Chunk]) -> Iterator[tuple[list[Chunk], torch.Tensor]]:
         """Yield all chunks with their logits; where the forward fails, its halves, until the culprits are alone.
@@ -135,6 +158,13 @@ class Engine:
         same = len(set(precisions)) == 1
         mixed = precisions[0] if same else self.model.precision_codes(precisions).to(self.device)
         return self._run(ids, positions, mixed, keep, PagedAttention(spans, self.cache, self.device))
+
+    def _rows(self, sequence: Sequence, tokens: list[int], rows: Precision) -> torch.Tensor:
+        """Return float32 logits `[n, V]` of n tokens after the computed ones, each attending as if it ran alone."""
+        positions = list(range(sequence.computed, sequence.computed + len(tokens)))
+        spans = [Span(row, row + 1, position, sequence.blocks) for row, position in enumerate(positions)]
+        attention = PagedAttention(spans, self.cache, self.device)
+        return self._run(tokens, positions, rows, list(range(len(tokens))), attention).cpu()
 
     @torch.inference_mode()
     def _run(

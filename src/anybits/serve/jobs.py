@@ -28,7 +28,10 @@ class RequestError(Exception):
 
 @dataclass(frozen=True)
 class Served:
-    """What the server offers: model name, stored precisions, default precision (None is auto), longest sequence."""
+    """What the server offers: model name, stored precisions, default precision (None is auto), longest sequence.
+
+    default_draft: the precision that drafts for requests that say nothing of it, None for no drafts.
+    """
 
     name: str
     precisions: tuple[int, ...]
@@ -37,6 +40,7 @@ class Served:
     max_choices: int
     vocabulary: int
     profiles: tuple[str, ...] = ()
+    default_draft: Single | None = None
 
     @property
     def singles(self) -> tuple[Single, ...]:
@@ -60,7 +64,7 @@ class Served:
         try:
             return check_single(value, self.singles)
         except AnybitsError:
-            also = ' or "auto"' if automatic else ""
+            also = {"precision": ' or "auto"', "draft_precision": ' or "off"'}.get(field, "")
             message = f"{field} {value} is not stored: choose one of {self.allowed()}{also}"
             raise RequestError(400, field, message) from None
 
@@ -121,6 +125,24 @@ def find_precision(body: GenerationRequest, served: Served) -> Single | None:
     return asked
 
 
+def find_draft(body: GenerationRequest, precision: Single | None, served: Served) -> Single | None:
+    """Return the precision that drafts for a request at `precision` (None is auto), or None for no drafts.
+
+    Raises RequestError for one that is not stored or not lower; the server's own is left out where it is not lower.
+    """
+    asked = body.draft_precision
+    if asked == "off":
+        return None
+    draft = served.default_draft if asked is None else served.read("draft_precision", asked)
+    highest = served.precisions[-1] if precision is None else precision
+    lower = [p for p in served.singles if precision_order(p) < precision_order(highest)]
+    if asked is None or draft in lower:
+        return draft if draft in lower else None
+    choose = " or ".join([", ".join(map(str, lower)), '"off"'] if lower else ['"off"'])
+    message = f"draft_precision {asked} is not lower than the request's precision {highest}: choose {choose}"
+    raise RequestError(400, "draft_precision", message)
+
+
 def find_prompts(body: GenerationRequest, prompts: Prompts, served: Served) -> list[list[int]]:
     """Return the tokens of every prompt in a body; raise RequestError when one is empty, strange or too long."""
     if isinstance(body, ChatRequest):
@@ -149,6 +171,7 @@ def make_jobs(
     precision, tokens, choices = find_precision(body, served), find_prompts(body, prompts, served), body.n or 1
     early = body.prefill_precision
     prefill = None if early is None else served.read("prefill_precision", early)
+    draft = find_draft(body, precision, served)
     if choices * len(tokens) > served.max_choices:
         raise RequestError(
             400, "n", f"{choices * len(tokens)} answers in one request: n times prompts is at most {served.max_choices}"
@@ -171,6 +194,7 @@ def make_jobs(
                     deliver=lambda delta, index=index: deliver(index, delta),  # type: ignore[misc]
                     precision=precision,
                     prefill=prefill,
+                    draft=draft,
                     targets=targets,
                     ignore_end=bool(body.ignore_eos),
                 )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from anybits.config import Single, StoredConfig
+from anybits.config import Single, StoredConfig, precision_order
 from anybits.errors import AnybitsError
 from anybits.integrations import transformers as hf
 from anybits.serve import api
@@ -29,6 +29,7 @@ class Options:
     port: int = 8000
     name: str | None = None
     precision: str | None = None
+    draft_precision: str | None = None
     api_key: str | None = None
     max_batch: int = 32
     max_rows: int = 512
@@ -52,6 +53,7 @@ def run(options: Options, started: Callable[[str], None]) -> None:
     """
     stored = hf.stored_config(options.model)
     default = _default_precision(options.precision, stored)
+    draft = _default_draft(options.draft_precision, default, stored)
     if options.dtype not in DTYPES:
         raise AnybitsError(f"dtype '{options.dtype}' is unknown: choose {' or '.join(DTYPES)}")
     if options.api_key is not None and not options.api_key.isascii():
@@ -74,6 +76,7 @@ def run(options: Options, started: Callable[[str], None]) -> None:
         max_model_len=engine.max_model_len,
         max_choices=options.max_batch,
         profiles=engine.profiles,
+        default_draft=draft,
         vocabulary=engine.model.get_input_embeddings().num_embeddings,
     )
     worker = Worker(engine, policy, ends, max_queue, options.timeout_s)
@@ -94,6 +97,16 @@ def _default_precision(asked: str | None, stored: StoredConfig) -> Single | None
         return stored.check_single(asked)
     except AnybitsError as error:
         raise AnybitsError(f"{error} or auto") from None
+
+
+def _default_draft(asked: str | None, default: Single | None, stored: StoredConfig) -> Single | None:
+    """Return the precision of drafts: none unless asked for, and lower than the precision of most requests."""
+    if asked is None:
+        return None
+    draft, highest = stored.check_single(asked), stored.precisions[-1] if default is None else default
+    if precision_order(draft) >= precision_order(highest):
+        raise AnybitsError(f"draft precision {draft} is not lower than the precision {highest}: give a lower one")
+    return draft
 
 
 def _device(asked: str) -> str:

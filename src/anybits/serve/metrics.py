@@ -18,13 +18,17 @@ TPOT_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The present load; mappings go from precision to a number, `auto` from targets to (precision, changes)."""
+    """The present load; mappings go from precision to a number, `auto` from targets to (precision, changes).
+
+    drafts: (precision, draft precision) -> (drafted tokens, those that stood), since the server started.
+    """
 
     running: Mapping[Single, int] = field(default_factory=dict)
     waiting: Mapping[Single, int] = field(default_factory=dict)
     kv_positions: Mapping[Single, int] = field(default_factory=dict)
     kv_used: int = 0
     kv_total: int = 0
+    drafts: Mapping[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
     auto: Mapping[tuple[str, str], tuple[int, Mapping[str, int]]] = field(default_factory=dict)
 
 
@@ -56,6 +60,13 @@ class _Load(Collector):
                 changes.add_metric([*targets, direction], moves.get(direction, 0))
         yield level
         yield changes
+        drafted = CounterMetricFamily("anybits_drafted_tokens", "Drafted tokens.", labels=["precision", "draft"])
+        accepted = CounterMetricFamily("anybits_accepted_tokens", "Drafts that stood.", labels=["precision", "draft"])
+        for pair, (tried, stood) in now.drafts.items():
+            drafted.add_metric(list(pair), tried)
+            accepted.add_metric(list(pair), stood)
+        yield drafted
+        yield accepted
 
 
 class Metrics:

@@ -36,6 +36,7 @@ def _specialised(description: dict[str, Any], served: Served, with_key: bool) ->
         _allow(fields["model"], [*served.aliases(), None])
         _allow(fields["precision"], [*served.singles, "auto", None])
         _allow(fields["prefill_precision"], [*served.singles, None])
+        _allow(fields["draft_precision"], [*served.singles[:-1], "off", None])
     return description
 
 

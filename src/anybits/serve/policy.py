@@ -28,7 +28,7 @@ class Targets:
 
 @dataclass(frozen=True)
 class Load:
-    """One step as the policy sees it: how long it took, and how long the oldest request waits for its first token."""
+    """One step as the policy sees it: how long it took a token, and how long the oldest request waits for its first."""
 
     now: float
     step_s: float

@@ -57,6 +57,16 @@ class Sampler:
         token = int(scores.argmax()) if s.temperature == 0 else self._draw(scores / s.temperature)
         return token, None if s.logprobs is None else _logprobs(logits, token, s.logprobs)
 
+    def scores(self, logits: torch.Tensor, counts: Mapping[int, int]) -> torch.Tensor:
+        """Return float32 scores `[V]` for logits `[V]`, whose argmax, or softmax, is how `choose` chooses."""
+        s = self.sampling
+        scores = self._penalised(logits, counts)
+        if s.temperature == 0:
+            return scores
+        shares, tokens = self._shares(scores / s.temperature)
+        logs = shares.log()
+        return logs if tokens is None else torch.full_like(logits, -torch.inf).scatter(0, tokens, logs)
+
     def _penalised(self, logits: torch.Tensor, counts: Mapping[int, int]) -> torch.Tensor:
         s = self.sampling
         if not counts or not (s.frequency_penalty or s.presence_penalty):
@@ -66,6 +76,12 @@ class Sampler:
         return logits.index_add(0, seen, -(s.frequency_penalty * times + s.presence_penalty))
 
     def _draw(self, scores: torch.Tensor) -> int:
+        shares, tokens = self._shares(scores)
+        drawn = torch.multinomial(shares, 1, generator=self._generator)
+        return int(drawn if tokens is None else tokens[drawn])
+
+    def _shares(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return weights that need not add up to 1, and the tokens that they belong to; None is all in order."""
         s = self.sampling
         tokens = None
         if 0 < s.top_k < scores.numel():
@@ -77,8 +93,7 @@ class Sampler:
             kept = shares.cumsum(-1) - shares < s.top_p  # those before it hold less than top_p
             kept[0] = True  # a top_p too small for float32 compares as 0
             shares = shares * kept
-        drawn = torch.multinomial(shares, 1, generator=self._generator)
-        return int(drawn if tokens is None else tokens[drawn])
+        return shares, tokens
 
 
 def _logprobs(logits: torch.Tensor, token: int, count: int) -> Logprobs:

@@ -57,6 +57,11 @@ class Scheduler:
             chunks.append(chunk)
         return chunks
 
+    def extend(self, sequence: Sequence, positions: int) -> None:
+        """Give `sequence`, the only one that runs, blocks for `positions` that it may need in this step."""
+        assert self.running == [sequence]
+        self._reserve(sequence, positions)
+
     def _chunk(self, sequence: Sequence, rows: int, only: Single | None) -> Chunk | None:
         precisions = sequence.row_precisions(sequence.computed, sequence.computed + rows)
         if only is not None:
@@ -68,7 +73,7 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Start waiting sequences while there is a place, and blocks for all their present tokens."""
-        promised = sum(blocks_for(len(s.tokens)) - len(s.blocks) for s in self.running)
+        promised = sum(max(blocks_for(len(s.tokens)) - len(s.blocks), 0) for s in self.running)
         while self.waiting and len(self.running) < self.max_batch:
             promised += blocks_for(len(self.waiting[0].tokens))
             if promised > self.pool.free:

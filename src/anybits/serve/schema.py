@@ -44,6 +44,10 @@ class GenerationRequest(BaseModel):
     prefill_precision: int | float | str | None = Field(
         None, description="Bits or profile for the prompt alone. Default: as precision."
     )
+    draft_precision: int | float | str | None = Field(
+        None,
+        description="Bits or profile that draft tokens while the request runs alone, or off. Default: the server's.",
+    )
     target_tpot_ms: float | None = Field(None, gt=0, le=1e6, description="auto: milliseconds a token may take.")
     target_ttft_ms: float | None = Field(None, gt=0, le=1e6, description="auto: milliseconds to the first token.")
     max_tokens: int | None = Field(None, ge=1, le=10_000_000)

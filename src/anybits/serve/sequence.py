@@ -29,7 +29,8 @@ class Fixed:
 class Sequence:
     """A prompt and what was generated after it.
 
-    prefill: precision of the prompt's rows, or None for the choice's own; deadline: in the engine's clock.
+    prefill: precision of the prompt's rows, or None for the choice's own; deadline: in the engine's clock; draft:
+    precision of drafts while it runs alone, or None for no drafts.
     """
 
     prompt: list[int]
@@ -40,6 +41,7 @@ class Sequence:
     stop_tokens: frozenset[int] = frozenset()
     arrived: float = 0.0
     deadline: float | None = None
+    draft: Single | None = None
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)

@@ -52,6 +52,7 @@ class Job:
     deliver: Callable[[Delta], None]
     precision: Single | None = None
     prefill: Single | None = None
+    draft: Single | None = None
     targets: Targets | None = None
     ignore_end: bool = False
     sequence: Sequence | None = field(default=None, init=False)
@@ -131,6 +132,8 @@ class Worker:
         for sequence in self.engine.failed:
             self._end(sequence, "error")
         for token in tokens:
+            if token.sequence not in self._jobs:
+                continue  # an earlier token of the same round completed a stop string
             try:
                 self._hand_out(token, now)
             except Exception:
@@ -139,7 +142,8 @@ class Worker:
                     self._end(token.sequence, "error")
         self.after_step()
         if tokens or not self.engine.idle:
-            self.policy.observe(Load(now, now - started, self._oldest_wait(now)))
+            most = max(Counter(token.sequence for token in tokens).values(), default=1)
+            self.policy.observe(Load(now, (now - started) / most, self._oldest_wait(now)))
 
     def _take(self) -> bool:
         """Bring new and cancelled jobs to the engine, waiting for one when it is idle; False ends the thread."""
@@ -166,7 +170,15 @@ class Worker:
         choice = self.policy.controller(job.targets) if job.precision is None else Fixed(job.precision)
         stops = frozenset() if job.ignore_end else self._stop_tokens
         job.sequence = Sequence(
-            job.prompt, job.max_tokens, choice, job.sampling, job.prefill, stops, arrived, arrived + self._timeout_s
+            job.prompt,
+            job.max_tokens,
+            choice,
+            job.sampling,
+            job.prefill,
+            stops,
+            arrived,
+            arrived + self._timeout_s,
+            job.draft,
         )
         self._jobs[job.sequence] = job
         try:
@@ -235,6 +247,10 @@ class Worker:
             running=Counter(s.choice.precision for s in list(scheduler.running)),
             waiting=Counter(s.choice.precision for s in list(scheduler.waiting)),
             kv_positions=self.engine.kv_positions(),
+            drafts={
+                (str(precision), str(draft)): (pair.statistics.drafted, pair.statistics.accepted)
+                for (precision, draft), pair in list(self.engine.speculation.pairs.items())
+            },
             kv_used=scheduler.pool.used,
             kv_total=scheduler.pool.total,
             auto=auto,
