@@ -69,12 +69,12 @@ def test_a_checkpoint_is_refused_outside_the_range(monkeypatch):
         known["anybits"].from_config({})
 
 
-@pytest.mark.parametrize(("value", "wanted"), [(3, 3), ("4", 4), (" 2 ", 2)])
+@pytest.mark.parametrize(("value", "wanted"), [(3, 3), ("4", 4), (" 2 ", 2), (3.0, 3)])
 def test_a_precision_is_an_int_or_its_digits(value, wanted):
     assert parse_precision(value, (2, 3, 4)) == wanted
 
 
-@pytest.mark.parametrize("value", [5, "five", 3.0, True, None, [3], {}])
+@pytest.mark.parametrize("value", [5, "five", 2.5, "2.5", True, None, [3], {}])
 def test_other_values_are_refused_with_the_choice(value):
     with pytest.raises(AnybitsError, match="choose one of 2, 3, 4"):
         parse_precision(value, (2, 3, 4))

@@ -31,7 +31,9 @@ def check_engine(vllm_config: Any) -> None:
 def check_experts(vllm_config: Any, layer: Any) -> None:
     """Raise AnybitsError naming the first thing about a layer of fused experts that is not supported."""
     parallel, moe = vllm_config.parallel_config, layer.moe_config
+    graphs = vllm_config.device_config.device_type == "cuda" and not vllm_config.model_config.enforce_eager
     refused = {
+        "CUDA graphs (start with --enforce-eager)": graphs,
         "data parallelism": parallel.data_parallel_size > 1,
         "sequence parallelism of experts": parallel.use_sequence_parallel_moe,
         "experts with biases": moe.has_bias,
