@@ -196,6 +196,7 @@ def test_the_worker_s_buffer_stays_out_of_copies():
 
 def engine_config(**changes) -> SimpleNamespace:
     values = dict(load_format="auto", use_ubatching=False, pcp=1, fast_prefill=False, lora=None, draft=None) | changes
+    method = values.get("method", "draft_model")
     return SimpleNamespace(
         load_config=SimpleNamespace(load_format=values["load_format"]),
         parallel_config=SimpleNamespace(
@@ -204,13 +205,14 @@ def engine_config(**changes) -> SimpleNamespace:
         cache_config=SimpleNamespace(kv_sharing_fast_prefill=values["fast_prefill"]),
         lora_config=values["lora"],
         speculative_config=values["draft"]
-        and SimpleNamespace(draft_model_config=SimpleNamespace(quantization=values["draft"])),
+        and SimpleNamespace(method=method, draft_model_config=SimpleNamespace(quantization=values["draft"])),
     )
 
 
 def test_engines_that_shift_rows_are_refused():
     check_engine(engine_config())
     check_engine(engine_config(draft="fp8"))
+    check_engine(engine_config(draft="anybits", method="ngram"))
     wrong = dict(load_format="tensorizer", use_ubatching=True, pcp=2, fast_prefill=True, lora=object(), draft="anybits")
     for name, value in wrong.items():
         with pytest.raises(AnybitsError, match="start vLLM without it"):

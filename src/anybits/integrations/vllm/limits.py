@@ -9,12 +9,16 @@ from anybits.errors import AnybitsError
 
 LOAD_FORMATS = ("auto", "hf", "safetensors", "dummy")
 
+MODELLESS = ("ngram", "ngram_gpu", "suffix")
+"""Ways to draft without a model; vLLM then names the served model as the draft model."""
+
 
 def check_engine(vllm_config: Any) -> None:
     """Raise AnybitsError naming the first option of the engine that is not supported."""
     parallel = vllm_config.parallel_config
     speculative = vllm_config.speculative_config
-    draft = getattr(speculative, "draft_model_config", None)
+    drafts = speculative is not None and speculative.method not in MODELLESS
+    draft = speculative.draft_model_config if drafts else None
     refused = {
         f"--load-format {vllm_config.load_config.load_format}": vllm_config.load_config.load_format not in LOAD_FORMATS,
         "micro-batching (--enable-dbo)": parallel.use_ubatching,
