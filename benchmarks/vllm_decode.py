@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import operator
 import os
 import statistics
 import subprocess
@@ -96,7 +97,7 @@ def build(folder: Path, config: dict[str, Any], quantized: bool) -> int:
 
 
 def serve(folder: str, precision: int | None, compiled: bool) -> None:
-    """Be one engine: for each line of standard input with a number of tokens, print the seconds they took."""
+    """Be one engine: for each number of tokens on standard input, print the seconds and processor seconds it took."""
     from vllm import LLM, SamplingParams
 
     llm = LLM(
@@ -115,9 +116,9 @@ def serve(folder: str, precision: int | None, compiled: bool) -> None:
         params = SamplingParams(
             temperature=0, max_tokens=int(line), ignore_eos=True, detokenize=False, extra_args=extra
         )
-        started = time.perf_counter()
+        started, used = time.perf_counter(), time.process_time()
         llm.generate([{"prompt_token_ids": [1, 2, 3, 4]}], params, use_tqdm=False)
-        print("took", time.perf_counter() - started, flush=True)
+        print("took", time.perf_counter() - started, time.process_time() - used, flush=True)
 
 
 class Engine:
@@ -144,12 +145,13 @@ class Engine:
                 return line
         raise SystemExit(f"the engine ended before it said '{word}'")
 
-    def seconds(self, tokens: int) -> float:
-        """Return the seconds that an answer of `tokens` tokens took."""
+    def seconds(self, tokens: int) -> tuple[float, float]:
+        """Return the seconds, and the processor seconds of all threads, that an answer of `tokens` tokens took."""
         assert self.process.stdin is not None
         self.process.stdin.write(f"{tokens}\n")
         self.process.stdin.flush()
-        return float(self._read("took").split()[1])
+        wall, processor = self._read("took").split()[1:]
+        return float(wall), float(processor)
 
     def stop(self) -> None:
         """End the process."""
@@ -168,22 +170,24 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
     for engine in engines.values():
         engine.seconds(4)
-    per_token: dict[str, list[float]] = {name: [] for name in engines}
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in engines}
     for _ in range(args.rounds):
         for name, engine in engines.items():  # the first token pays for the prompt: take it away
-            per_token[name].append((engine.seconds(args.tokens + 1) - engine.seconds(1)) / args.tokens)
+            many, one = engine.seconds(args.tokens + 1), engine.seconds(1)
+            taken[name].append(((many[0] - one[0]) / args.tokens, (many[1] - one[1]) / args.tokens))
     for engine in engines.values():
         engine.stop()
-    medians = {name: statistics.median(values) for name, values in per_token.items()}
-    dense, planes = medians.values()
+    wall = {name: statistics.median(w for w, _ in values) for name, values in taken.items()}
+    processor = {name: statistics.median(c for _, c in values) for name, values in taken.items()}
     return {
         "parameters_in_linear_layers": count,
         "torch_compile": args.compile,
         "threads": torch.get_num_threads(),
-        "ms_per_token": {name: round(1000 * value, 2) for name, value in medians.items()},
-        "best_ms_per_token": {name: round(1000 * min(values), 2) for name, values in per_token.items()},
-        "tokens_per_s": {name: round(1 / value, 2) for name, value in medians.items()},
-        "speedup_over_bf16": round(dense / planes, 3),
+        "ms_per_token": {name: round(1000 * value, 2) for name, value in wall.items()},
+        "processor_ms_per_token": {name: round(1000 * value, 2) for name, value in processor.items()},
+        "tokens_per_s": {name: round(1 / value, 2) for name, value in wall.items()},
+        "speedup_over_bf16": round(operator.truediv(*wall.values()), 3),
+        "speedup_in_processor_time": round(operator.truediv(*processor.values()), 3),
     }
 
 

@@ -87,4 +87,12 @@ def test_fused_experts_at_mixed_precisions(moe, expected, caplog):
     with engine(moe) as llm:
         asked = [(prompt, PRECISIONS[i % 4]) for i, prompt in enumerate(prompts(8, seed=4))]
         assert [answer(o) for o in generate(llm, asked)] == [expected(moe, *one) for one in asked]
-    assert sum("fused experts run one after another" in r.getMessage() for r in caplog.records) == 1
+    said = {id(r) for r in caplog.records if "fused experts run one after another" in r.getMessage()}
+    assert len(said) == 1, "announced once"
+
+
+def test_drafts_are_verified_at_the_request_s_precision(llama, expected):
+    ngrams = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    with engine(llama, speculative_config=ngrams) as llm:
+        asked = [(prompt * 3, PRECISIONS[i % 4]) for i, prompt in enumerate(prompts(6, seed=5))]
+        assert [answer(o) for o in generate(llm, asked)] == [expected(llama, *one) for one in asked]

@@ -69,12 +69,12 @@ def test_a_checkpoint_is_refused_outside_the_range(monkeypatch):
         known["anybits"].from_config({})
 
 
-@pytest.mark.parametrize(("value", "wanted"), [(3, 3), ("4", 4), (" 2 ", 2)])
+@pytest.mark.parametrize(("value", "wanted"), [(3, 3), ("4", 4), (" 2 ", 2), (3.0, 3)])
 def test_a_precision_is_an_int_or_its_digits(value, wanted):
     assert parse_precision(value, (2, 3, 4)) == wanted
 
 
-@pytest.mark.parametrize("value", [5, "five", 3.0, True, None, [3], {}])
+@pytest.mark.parametrize("value", [5, "five", 2.5, "2.5", True, None, [3], {}])
 def test_other_values_are_refused_with_the_choice(value):
     with pytest.raises(AnybitsError, match="choose one of 2, 3, 4"):
         parse_precision(value, (2, 3, 4))
@@ -196,6 +196,7 @@ def test_the_worker_s_buffer_stays_out_of_copies():
 
 def engine_config(**changes) -> SimpleNamespace:
     values = dict(load_format="auto", use_ubatching=False, pcp=1, fast_prefill=False, lora=None, draft=None) | changes
+    method = values.get("method", "draft_model")
     return SimpleNamespace(
         load_config=SimpleNamespace(load_format=values["load_format"]),
         parallel_config=SimpleNamespace(
@@ -204,13 +205,14 @@ def engine_config(**changes) -> SimpleNamespace:
         cache_config=SimpleNamespace(kv_sharing_fast_prefill=values["fast_prefill"]),
         lora_config=values["lora"],
         speculative_config=values["draft"]
-        and SimpleNamespace(draft_model_config=SimpleNamespace(quantization=values["draft"])),
+        and SimpleNamespace(method=method, draft_model_config=SimpleNamespace(quantization=values["draft"])),
     )
 
 
 def test_engines_that_shift_rows_are_refused():
     check_engine(engine_config())
     check_engine(engine_config(draft="fp8"))
+    check_engine(engine_config(draft="anybits", method="ngram"))
     wrong = dict(load_format="tensorizer", use_ubatching=True, pcp=2, fast_prefill=True, lora=object(), draft="anybits")
     for name, value in wrong.items():
         with pytest.raises(AnybitsError, match="start vLLM without it"):

@@ -29,8 +29,7 @@ def generated(folder: Path, asked: list, tmp_path: Path, environment: dict[str, 
     job = {"arguments": engine_arguments(folder, **options), "asked": asked, "tokens": TOKENS}
     (tmp_path / "job.json").write_text(json.dumps(job))
     command = [sys.executable, str(SCRIPT), str(tmp_path / "job.json"), str(tmp_path / "out.json")]
-    paths = {"VLLM_CACHE_ROOT": str(tmp_path / "cache"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
-    run = subprocess.run(command, env=os.environ | paths | (environment or {}), capture_output=True, text=True)
+    run = subprocess.run(command, env=os.environ | (environment or {}), capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
     return json.loads((tmp_path / "out.json").read_text())
 
@@ -55,7 +54,8 @@ def test_two_ranks_with_experts_of_their_own(moe, expected, tmp_path):
 
 def test_torch_compile(llama, expected, tmp_path):
     asked = mixed(8, seed=13)
-    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    fresh = {"VLLM_CACHE_ROOT": str(tmp_path / "vllm"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **fresh}
     got = generated(llama, asked, tmp_path, environment, enforce_eager=False, distributed_executor_backend="uni")
     assert got == [expected(llama, *a) for a in asked]
 

@@ -9,12 +9,16 @@ from anybits.errors import AnybitsError
 
 LOAD_FORMATS = ("auto", "hf", "safetensors", "dummy")
 
+MODELLESS = ("ngram", "ngram_gpu", "suffix")
+"""Ways to draft without a model; vLLM then names the served model as the draft model."""
+
 
 def check_engine(vllm_config: Any) -> None:
     """Raise AnybitsError naming the first option of the engine that is not supported."""
     parallel = vllm_config.parallel_config
     speculative = vllm_config.speculative_config
-    draft = getattr(speculative, "draft_model_config", None)
+    drafts = speculative is not None and speculative.method not in MODELLESS
+    draft = speculative.draft_model_config if drafts else None
     refused = {
         f"--load-format {vllm_config.load_config.load_format}": vllm_config.load_config.load_format not in LOAD_FORMATS,
         "micro-batching (--enable-dbo)": parallel.use_ubatching,
@@ -31,7 +35,9 @@ def check_engine(vllm_config: Any) -> None:
 def check_experts(vllm_config: Any, layer: Any) -> None:
     """Raise AnybitsError naming the first thing about a layer of fused experts that is not supported."""
     parallel, moe = vllm_config.parallel_config, layer.moe_config
+    graphs = vllm_config.device_config.device_type == "cuda" and not vllm_config.model_config.enforce_eager
     refused = {
+        "CUDA graphs (start with --enforce-eager)": graphs,
         "data parallelism": parallel.data_parallel_size > 1,
         "sequence parallelism of experts": parallel.use_sequence_parallel_moe,
         "experts with biases": moe.has_bias,

@@ -23,6 +23,7 @@ from anybits.integrations.vllm.shards import check_columns
 from anybits.kernels import backend as kernels
 from anybits.kernels import cpu as _cpu  # noqa: F401  (registers the backend)
 from anybits.kernels import reference as _reference  # noqa: F401  (registers the backend)
+from anybits.kernels.cuda import backend as _cuda  # noqa: F401  (registers the backend)
 from anybits.weight import PlaneWeight, from_tensors, group_count
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from anybits.config import StoredConfig
+from anybits.config import StoredConfig, check_single
 from anybits.errors import AnybitsError
 
 KEY = "anybits"
@@ -17,13 +17,12 @@ FIELD = "precision"
 
 
 def parse_precision(value: Any, precisions: tuple[int, ...]) -> int:
-    """Return the precision that `value` (an int, or its digits) names; raise AnybitsError when it is not served."""
-    allowed = {str(p): p for p in precisions}
-    readable = isinstance(value, int | str) and not isinstance(value, bool)
-    chosen = allowed.get(str(value).strip()) if readable else None
-    if chosen is None:
-        raise AnybitsError(f"precision {value!r} is not served: choose one of {', '.join(allowed)}")
-    return chosen
+    """Return the precision that `value` (3, "3", 3.0) names; raise AnybitsError when it is not served."""
+    try:
+        return int(check_single(value, precisions))
+    except AnybitsError:
+        allowed = ", ".join(map(str, precisions))
+        raise AnybitsError(f"precision {value!r} is not served: choose one of {allowed}") from None
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ class RowPrecisions:
     """Holds one precision for each row of a worker's batch.
 
     buffer: int32 `[capacity]` on the layers' device, at one address for good, because captured CUDA graphs read
-    it; uniform: the precision of all rows when they agree, which kernels on a CPU take instead.
+    it; uniform: the precision of all rows when they agree, which kernels take instead outside of such graphs.
     """
 
     def __init__(self, options: EngineOptions, capacity: int) -> None:
@@ -38,7 +38,8 @@ class RowPrecisions:
 
     def of(self, x: torch.Tensor) -> int | torch.Tensor:
         """Return the precision of the rows of x `[M, K]`, as a backend takes it."""
-        if x.device.type == "cpu" and self.uniform is not None:
+        captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
+        if self.uniform is not None and not captured:
             return self.uniform
         if x.shape[0] > self.buffer.numel():  # rows that are no tokens, such as an image's
             return self.options.default
