@@ -2,9 +2,10 @@
 
     python benchmarks/accuracy.py --model MODEL --calibration train.txt --text held_out.txt --out accuracy.jsonl
 
-The gap at a precision is ln perplexity minus that of the float model on the same windows. Seeds choose the
-calibration windows; all variants of a seed see the same ones. A variant that is in the output already is skipped,
-so a stopped run goes on. `--table` prints medians and spreads of a finished file as Markdown.
+The gap at a precision is ln perplexity minus that of the float model on the same windows, the divergence (kl) the mean
+Kullback-Leibler divergence of the next-token distribution from the float model's. Seeds choose the calibration
+windows; all variants of a seed see the same ones. A variant that is in the output already is skipped, so a stopped run
+goes on. `--table` prints medians and spreads of a finished file as Markdown.
 """
 
 from __future__ import annotations
@@ -12,9 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,12 +21,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import transformers
+from common import about_run
 
 import anybits
 from anybits.checkpoint import CheckpointReader, checkpoint_files
 from anybits.config import DataAware, Recipe, StoredConfig, parse_precisions
-from anybits.evaluate.perplexity import score, split_windows
+from anybits.evaluate.perplexity import Score, log_probabilities, split_windows
 from anybits.integrations import transformers as hf
 from anybits.quantize import layerwise, pipeline
 from anybits.quantize.blocks import BlockRunner, capture
@@ -96,7 +95,7 @@ def uniform(job: Job, settings: DataAware | None) -> Dense:
     batches = list(job.calibration.tokens.split(job.recipe.batch))
     inputs = capture(job.model, blocks, batches)
     for p in job.recipe.precisions:
-        dense[p], path, float_path = {}, list(inputs.hidden), list(inputs.hidden)
+        dense[p], path = {}, list(inputs.hidden)
         for index, block in enumerate(blocks):
             runner = BlockRunner(block, inputs.arguments[index])
             targets = find_targets(block)
@@ -104,12 +103,11 @@ def uniform(job: Job, settings: DataAware | None) -> Dense:
                 t.module: nearest(matrix(block.get_parameter(t.parameter)), p, job.recipe.group_size) for t in targets
             }
             if settings is not None:
-                found = layerwise.improve_block(runner, targets, found, float_path, {p: path}, settings)
+                found = layerwise.improve_block(runner, targets, found, path, {p: path}, settings)
             replaced = {t.parameter: found[t.module].dequantize(p) for t in targets}
             dense[p].update({f"{prefix}.{index}.{name}": value for name, value in replaced.items()})
             if settings is not None:
                 path = runner.run_all(path, lambda replaced=replaced: replaced)
-                float_path = runner.run_all(float_path)
     return dense
 
 
@@ -148,19 +146,37 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
-@torch.no_grad()
-def losses(model: torch.nn.Module, windows: list[torch.Tensor], dense: Dense) -> dict[int, float]:
-    """Return ln perplexity with each precision's matrices in place; key 16 is the float model."""
-    kept = {name: model.get_parameter(name).clone() for name in next(iter(dense.values()), {})}
-    found = {}
-    for p, matrices in {16: {}, **dense}.items():
-        for name, value in (kept | matrices).items():
-            model.get_parameter(name).copy_(value.view(kept[name].shape))
-        scores, _ = score(windows, [lambda tokens: model(input_ids=tokens, use_cache=False).logits], None)
-        found[p] = scores[0].nll / scores[0].tokens
-    for name, value in kept.items():
-        model.get_parameter(name).copy_(value)
-    return found
+@dataclass
+class Yardstick:
+    """The held-out windows, int64 `[1, T]` each, and what the float model says of them."""
+
+    model: torch.nn.Module
+    windows: list[torch.Tensor]
+
+    @torch.no_grad()
+    def __post_init__(self) -> None:
+        """Run the float model."""
+        self.expected = [log_probabilities(self.model(input_ids=w, use_cache=False).logits) for w in self.windows]
+        pairs = zip(self.expected, self.windows, strict=True)
+        nll = -sum(float(logp.gather(1, w[0, 1:, None]).double().sum()) for logp, w in pairs)
+        self.ln_perplexity = nll / sum(w.numel() - 1 for w in self.windows)
+
+    @torch.no_grad()
+    def measure(self, dense: Dense) -> dict[str, float]:
+        """Return gap_p and kl_p with each precision's matrices in place, in nats a token."""
+        kept = {name: self.model.get_parameter(name).clone() for name in next(iter(dense.values()))}
+        found = {}
+        for p, matrices in dense.items():
+            for name, value in matrices.items():
+                self.model.get_parameter(name).copy_(value.view(kept[name].shape))
+            total = Score()
+            for window, expected in zip(self.windows, self.expected, strict=True):
+                total.add(self.model(input_ids=window, use_cache=False).logits, window, expected)
+            found[f"gap_{p}"] = round(total.nll / total.tokens - self.ln_perplexity, 6)
+            found[f"kl_{p}"] = round(total.kl_divergence, 6)
+        for name, value in kept.items():
+            self.model.get_parameter(name).copy_(value)
+        return dict(sorted(found.items()))
 
 
 def measure(arguments: argparse.Namespace) -> None:
@@ -169,16 +185,15 @@ def measure(arguments: argparse.Namespace) -> None:
     encode = hf.encoder(hf.load_tokenizer(arguments.model))
     windows = split_windows(encode(Path(arguments.text).read_text("utf-8")), 512, arguments.max_tokens)
     text = Path(arguments.calibration).read_text("utf-8")
-    label = f"{Path(arguments.model).resolve().name} ({model.config.model_type})"
-    done = {(r["model"], r["variant"], r["seed"]) for r in read(arguments.out)}
+    label = arguments.name or f"{Path(arguments.model).resolve().name} ({model.config.model_type})"
+    done = {(r["model"], r["variant"], r["precisions"], r["seed"]) for r in read(arguments.out)}
     started = time.monotonic()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    base = losses(model, windows, {})[16]
+    yardstick = Yardstick(model, windows)
     for seed in arguments.seeds:
         calibration = sample_windows([text], encode, arguments.samples, 512, seed, "calibration text")
         for name in arguments.variants or VARIANTS:
             run, changes = VARIANTS[name]
-            if (label, name, seed) in done:
+            if (label, name, arguments.precisions, seed) in done:
                 continue
             if time.monotonic() - started > 60 * arguments.minutes:
                 print(f"{arguments.minutes} minutes are over: repeat the command to go on")
@@ -186,32 +201,25 @@ def measure(arguments: argparse.Namespace) -> None:
             precisions = parse_precisions(arguments.precisions)
             start = Recipe(precisions=precisions, seed=seed, samples=arguments.samples, steps=arguments.steps)
             recipe = replace(start, **changes)
-            began, worked = time.perf_counter(), time.process_time()
+            worked = time.process_time()
             dense = run(Job(model, calibration, recipe))
-            seconds, worked = time.perf_counter() - began, time.process_time() - worked
-            found = losses(model, windows, dense)
-            gaps = {p: round(value - base, 6) for p, value in found.items() if p != 16}
+            worked = time.process_time() - worked
             line = {
-                "variant": name,
-                "seed": seed,
-                "gap": gaps,
-                "float_ln_ppl": round(base, 6),
-                "seconds": round(seconds, 1),
-                "cpu_seconds": round(worked, 1),
+                "table": f"held-out gaps in ln perplexity, precisions {arguments.precisions}",
                 "model": label,
+                "variant": name,
+                "precisions": arguments.precisions,
+                "seed": seed,
+                **yardstick.measure(dense),
+                "cpu_seconds": round(worked, 1),
+                "samples": arguments.samples,
+                "steps": arguments.steps,
                 "text_tokens": sum(w.numel() for w in windows),
-                "recipe": recipe.to_dict(),
-                "commit": commit.stdout.strip(),
-                "versions": {
-                    "python": platform.python_version(),
-                    "torch": torch.__version__,
-                    "transformers": transformers.__version__,
-                },
-                "threads": torch.get_num_threads(),
+                **about_run(),
             }
             append(arguments.out, line)
-            shown = "  ".join(f"{p}: {gap:+.4f}" for p, gap in gaps.items())
-            print(f"{name:36s} seed {seed}  {shown}  {seconds:.0f} s", flush=True)
+            shown = "  ".join(f"{p}: {line[f'gap_{p}']:+.4f}" for p in precisions)
+            print(f"{name:36s} seed {seed}  {shown}  {worked:.0f} CPU s", flush=True)
 
 
 def append(path: Path, line: dict) -> None:
@@ -234,42 +242,43 @@ def read(path: Path) -> list[dict]:
     return found
 
 
-def table(lines: list[dict]) -> str:
-    """Return each model's median gap of each variant and precision with the seeds' least and greatest, as Markdown.
+def table(lines: list[dict], key: str) -> str:
+    """Return each model's median of each variant and precision with the seeds' least and greatest, as Markdown.
 
-    In brackets the median is divided by that of the method as published, seed by seed where both were measured.
+    key: gap or kl. In brackets the median ratio to the method as published, seed by seed where both were measured.
     """
     parts = []
-    for model in dict.fromkeys(line["model"] for line in lines):
-        own = [line for line in lines if line["model"] == model]
-        precisions = sorted({int(p) for line in own for p in line["gap"]})
-        head = f"| {model} | " + " | ".join(f"{p} bits" for p in precisions) + " | CPU seconds |"
+    for model, stored in dict.fromkeys((line["model"], line["precisions"]) for line in lines):
+        own = [line for line in lines if (line["model"], line["precisions"]) == (model, stored)]
+        precisions = parse_precisions(stored)
+        head = f"| {model}, {key} | " + " | ".join(f"{p} bits" for p in precisions) + " | CPU seconds |"
         rows = [head, "|---" * (len(precisions) + 2) + "|"]
         for name in dict.fromkeys(line["variant"] for line in own):
             found = [line for line in own if line["variant"] == name]
-            cells = [_cell(found, own, str(p)) for p in precisions]
+            cells = [_cell(found, own, f"{key}_{p}") for p in precisions]
             seconds = statistics.median(line["cpu_seconds"] for line in found)
             rows.append(f"| {name} | " + " | ".join(cells) + f" | {seconds:.0f} |")
         parts.append("\n".join(rows))
     return "\n\n".join(parts)
 
 
-def _cell(found: list[dict], own: list[dict], p: str) -> str:
-    gaps = [line["gap"][p] for line in found if p in line["gap"]]
-    if not gaps:
+def _cell(found: list[dict], own: list[dict], key: str) -> str:
+    values = [line[key] for line in found if key in line]
+    if not values:
         return ""
-    method = "Any-Precision as published" if found[0]["recipe"]["method"] == "any-precision" else "AnyBCQ as published"
-    base = {line["seed"]: line["gap"].get(p) for line in own if line["variant"] == method}
-    ratios = [line["gap"][p] / base[line["seed"]] for line in found if p in line["gap"] and base.get(line["seed"])]
-    spread = f" ({min(gaps):.4f} to {max(gaps):.4f})" if len(gaps) > 1 else ""
+    method = "Any-Precision as published" if "Any-Precision" in found[0]["variant"] else "AnyBCQ as published"
+    base = {line["seed"]: line.get(key) for line in own if line["variant"] == method}
+    ratios = [line[key] / base[line["seed"]] for line in found if key in line and base.get(line["seed"])]
+    spread = f" ({min(values):.4f} to {max(values):.4f})" if len(values) > 1 else ""
     ratio = f" [{statistics.median(ratios):.2f}]" if ratios and found[0]["variant"] != method else ""
-    return f"{statistics.median(gaps):.4f}{spread}{ratio}"
+    return f"{statistics.median(values):.4f}{spread}{ratio}"
 
 
 def main() -> None:
     """Read the arguments and measure, or print the table of what was measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder of the float model")
+    parser.add_argument("--name", help="the model's name in the output (default: folder and architecture)")
     parser.add_argument("--calibration", help="text file for calibration")
     parser.add_argument("--text", help="text file to predict, apart from the calibration text")
     parser.add_argument("--out", type=Path, required=True, help="JSON lines, appended to")
@@ -284,7 +293,7 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
     if arguments.table:
-        print(table(read(arguments.out)))
+        print(table(read(arguments.out), "gap"), table(read(arguments.out), "kl"), sep="\n\n")
     else:
         measure(arguments)
 
