@@ -95,7 +95,7 @@ def uniform(job: Job, settings: DataAware | None) -> Dense:
     batches = list(job.calibration.tokens.split(job.recipe.batch))
     inputs = capture(job.model, blocks, batches)
     for p in job.recipe.precisions:
-        dense[p], path = {}, list(inputs.hidden)
+        dense[p], path = {}, inputs.hidden
         for index, block in enumerate(blocks):
             runner = BlockRunner(block, inputs.arguments[index])
             targets = find_targets(block)

@@ -14,7 +14,7 @@ from anybits.config import DataAware
 from anybits.integrations import swapping
 from anybits.integrations.quantizing import quantize_model
 from anybits.quantize import anybcq, anyprecision, layerwise, refit
-from anybits.quantize.blocks import BlockRunner, capture
+from anybits.quantize.blocks import BlockRunner, HiddenStates, capture
 from anybits.quantize.data_aware import improve
 from anybits.quantize.hessian import Moments, collect, layout, problem, stages
 from anybits.quantize.nested_codes import BATCH, Chooser, Search, descent_pass, feedback_pass
@@ -192,8 +192,8 @@ def row_losses(weight: PlaneWeight, original: torch.Tensor, moments: Moments, ch
         mean = h.diagonal().mean()
         h = h / mean + chosen.damping * torch.eye(len(h))
         target = original.double()
-        if moments.cross is not None:
-            change = moments.cross[i].double() / mean - moments.hessian[i].double() / mean
+        if moments.drift is not None:
+            change = moments.drift[i].double() / mean
             target = target + chosen.correction * target @ change @ torch.linalg.inv(h)
         error = weight.dequantize(p).double() - target
         found.append(((error @ h) * error).sum(1))
@@ -209,17 +209,16 @@ def row_losses(weight: PlaneWeight, original: torch.Tensor, moments: Moments, ch
     method=st.sampled_from(["anybcq", "any-precision"]),
     precisions=st.sampled_from([(2,), (4,), (2, 3, 4), (2, 4), (3, 8)]),
     order=st.sampled_from(["given", "energy"]),
-    cross=st.booleans(),
+    drifts=st.booleans(),
     seed=st.integers(0, 99),
 )
 def test_no_row_gets_worse_at_any_precision(
-    rows, columns, size, symmetric, method, precisions, order, cross, seed
+    rows, columns, size, symmetric, method, precisions, order, drifts, seed
 ) -> None:
     weight = rand(rows, columns, seed=seed, dtype=torch.float32)
     start = start_of(weight, method, precisions, size, symmetric)
     hessian = moment(columns, len(precisions), seed).float()
-    noise = 0.1 * moment(columns, len(precisions), seed + 7).float() if cross else None
-    moments = Moments(hessian, None if noise is None else hessian + noise)
+    moments = Moments(hessian, 0.1 * moment(columns, len(precisions), seed + 7).float() if drifts else None)
     chosen = DataAware(column_order=order)
     better = improve(weight, start, moments, chosen)
     assert better.precisions == precisions
@@ -247,7 +246,7 @@ def test_every_switch_does_something_and_all_off_changes_nothing(method: str) ->
     weight = rand(48, 128, dtype=torch.float32)
     start = start_of(weight, method, (2, 3, 4), 32, False)
     hessian = moment(128, 3).float()
-    moments = Moments(hessian, hessian + 0.1 * moment(128, 3, 9).float())
+    moments = Moments(hessian, 0.1 * moment(128, 3, 9).float())
     plain = improve(weight, start, moments, OFF)
     assert all(torch.equal(plain.tensors()[name], tensor) for name, tensor in start.tensors().items())
     before = row_losses(start, weight, moments, OFF).sum(1)
@@ -303,56 +302,41 @@ def test_the_energy_order_keeps_groups_together() -> None:
 def test_moments_are_those_of_the_inputs_on_both_paths() -> None:
     model = tiny_model("llama")
     _, blocks = find_blocks(model)
-    tokens = torch.randint(3, 60, (6, 16), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(3, 60, (10, 16), generator=torch.Generator().manual_seed(0))
     inputs = capture(model, blocks, list(tokens.split(2)))
+
+    def disturbed(states: HiddenStates) -> HiddenStates:
+        return HiddenStates([h + 0.1 * rand(*h.shape, dtype=torch.float32) for h in states.batches])
+
+    def normed(hidden: torch.Tensor) -> torch.Tensor:
+        return blocks[0].input_layernorm(hidden).flatten(0, 1)
+
     runner, targets = BlockRunner(blocks[0], inputs.arguments[0]), find_targets(blocks[0])
-    order = stages(runner, targets, inputs.hidden[0])
+    order = stages(runner, targets, inputs.hidden.batches[0])
     assert [sorted(name.rpartition(".")[2] for name in group) for group in order] == [
         ["k_proj", "q_proj", "v_proj"],
         ["o_proj"],
         ["gate_proj", "up_proj"],
         ["down_proj"],
     ]
-    noisy = [h + 0.1 * rand(*h.shape, dtype=torch.float32) for h in inputs.hidden]
-    found = collect(runner, order, inputs.hidden, [noisy, inputs.hidden], [{}, {}], cross=True)
-    norm = blocks[0].input_layernorm
-    x, y = (torch.cat([norm(h).flatten(0, 1) for h in path]) for path in (inputs.hidden, noisy))
-    torch.testing.assert_close(found[0].hessian[0], y.T @ y, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(found[0].cross[0], x.T @ y, rtol=1e-3, atol=1e-3)
+    plain, noisy = inputs.hidden, disturbed(inputs.hidden)
+    found = collect(runner, order, plain, [noisy, plain], [{}, {}], drift=True)
+    x, y = (torch.cat([normed(h) for h in path.batches]) for path in (plain, noisy))
+    torch.testing.assert_close(found[0].hessian[0], y.T @ y / len(y), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found[0].drift[0], (x - y).T @ y / len(y), rtol=1e-3, atol=1e-3)
     for moments in found:  # without a difference between the paths there is nothing to make up for
-        torch.testing.assert_close(moments.cross[1], moments.hessian[1])
+        assert not moments.drift[1].any()
     shifts = problem(found[0], 0.01, 1.0).shifts
     torch.testing.assert_close(shifts[1], torch.eye(64), rtol=0, atol=1e-4)
 
-
-def test_precisions_without_inputs_of_their_own_share_those_of_the_float_model() -> None:
-    model = tiny_model("llama")
-    _, blocks = find_blocks(model)
-    inputs = capture(model, blocks, list(torch.randint(3, 60, (4, 16)).split(2)))
-    runner, targets = BlockRunner(blocks[0], inputs.arguments[0]), find_targets(blocks[0])
-    order = stages(runner, targets, inputs.hidden[0])
-    noisy = [h + 0.1 * rand(*h.shape, dtype=torch.float32) for h in inputs.hidden]
-    found = collect(runner, order, inputs.hidden, [noisy], [{}], cross=True, plain=True)
-    both = collect(runner, order, inputs.hidden, [noisy, inputs.hidden], [{}, {}], cross=True)
-    for shared, own in zip(found, both, strict=True):
-        torch.testing.assert_close(shared.hessian, own.hessian)
-        assert shared.cross.shape[0] == 1
-        stated, wanted = problem(shared, 0.01, 0.5).spread(4), problem(own, 0.01, 0.5)
-        for i, like in enumerate((0, 1, 1, 1)):
-            torch.testing.assert_close(stated.hessians[i], wanted.hessians[like])
-            torch.testing.assert_close(stated.factors[i], wanted.factors[like])
-            torch.testing.assert_close(stated.shifts[i], wanted.shifts[like], rtol=1e-3, atol=1e-4)
-    start = {
-        t.module: anybcq.quantize_matrix(blocks[0].get_parameter(t.parameter).detach(), (2, 3, 4), 32, False)
-        for t in targets
-    }
-    paths = {2: noisy, 3: inputs.hidden, 4: inputs.hidden}
-    settings = DataAware(own_inputs=2)
-    one = layerwise.improve_block(runner, targets, start, inputs.hidden, paths, settings)
-    # What a precision above own_inputs was given must not matter.
-    two = layerwise.improve_block(runner, targets, start, inputs.hidden, paths | {3: noisy, 4: []}, settings)
-    for name, weight in one.items():
-        assert all(torch.equal(t, two[name].tensors()[key]) for key, t in weight.tensors().items())
+    # Paths that run some of the batches only: each moment is the mean over those that it can see.
+    some = collect(runner, order, plain.thinned(2), [noisy, noisy.thinned(3), noisy.thinned(2)], [{}] * 3, drift=True)
+    x, y = ([normed(h) for h in path.batches] for path in (plain, noisy))
+    for i, (own, shared) in enumerate([([0, 1, 2, 3, 4], [0, 2, 4]), ([0, 3], [0]), ([0, 2, 4], [0, 2, 4])]):
+        wanted = torch.stack([y[k].T @ y[k] / len(y[k]) for k in own]).mean(0)
+        torch.testing.assert_close(some[0].hessian[i], wanted, rtol=1e-3, atol=1e-3)
+        wanted = torch.stack([(x[k] - y[k]).T @ y[k] / len(y[k]) for k in shared]).mean(0)
+        torch.testing.assert_close(some[0].drift[i], wanted, rtol=1e-3, atol=1e-3)
 
 
 def test_fused_experts_keep_their_codes_and_say_so(caplog: pytest.LogCaptureFixture) -> None:

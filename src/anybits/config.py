@@ -259,10 +259,9 @@ class DataAware:
     a layer's target that makes up for the layers before it; damping: added to the Hessian's diagonal, relative
     to its mean; column_order: given or energy; precision_weights: what each precision's relative error counts
     (empty: the lowest 1.5, the highest 1.25, others 1); balance: 1 weighs relative errors, 0 absolute ones;
-    sequential: layers see their predecessors in the block quantized; own_inputs: the highest precision fitted to
-    inputs from the model as quantized
-    at it so far, those above being fitted to the float model's, which is faster; exhaustive, beam: of the
-    search (nested_codes.Search).
+    sequential: layers see their predecessors in the block quantized; thinning: the lowest precision is fitted to all
+    calibration batches and every other one, and what a target makes up for, to each `thinning`-th, which is faster;
+    exhaustive, beam: of the search (nested_codes.Search).
     """
 
     balancing: int = 10
@@ -276,7 +275,7 @@ class DataAware:
     precision_weights: tuple[float, ...] = ()
     balance: float = 1.0
     sequential: bool = True
-    own_inputs: int = 8
+    thinning: int = 2
     exhaustive: int = 32
     beam: int = 6
 
@@ -288,12 +287,12 @@ class DataAware:
             "descents",
             "refit_sweeps",
             "codebook_iterations",
-            "own_inputs",
+            "thinning",
             "exhaustive",
             "beam",
         ):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < (1 if name in ("exhaustive", "beam") else 0):
+            if not isinstance(value, int) or value < (1 if name in ("thinning", "exhaustive", "beam") else 0):
                 raise AnybitsError(f"{name} is {value}: it must be a whole number and not negative")
         if not 0 < self.damping < 10 or not 0 <= self.correction <= 1 or not 0 <= self.balance <= 1:
             raise AnybitsError("damping must lie between 0 and 10, correction and balance between 0 and 1")
@@ -354,9 +353,11 @@ class Recipe:
         """Whether codes and levels follow the layers' inputs."""
         return self.needs_text and self.data_aware is not None
 
-    def has_own_path(self, precision: int) -> bool:
-        """Whether fitting `precision` needs the activations of the model quantized at it."""
-        return self.reconstructs or (self.data_aware is not None and precision <= self.data_aware.own_inputs)
+    def every(self, precision: int | None) -> int:
+        """Return n where `precision`, or the float model for None, runs each n-th calibration batch."""
+        if self.reconstructs or self.data_aware is None or precision == self.precisions[0]:
+            return 1
+        return self.data_aware.thinning
 
     @property
     def reconstructs(self) -> bool:

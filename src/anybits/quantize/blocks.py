@@ -15,6 +15,27 @@ Keep = Callable[[Iterable[torch.Tensor]], Sequence[torch.Tensor]]
 """Takes batches as they come and keeps them somewhere: `list`, or activations.Keeper.keep."""
 
 
+@dataclass(frozen=True)
+class HiddenStates:
+    """What runs between two blocks: of each `every`-th calibration batch, from the first on.
+
+    batches: float32 `[batch, tokens, hidden]` each; number i is batch i * every of the calibration text.
+    """
+
+    batches: Sequence[torch.Tensor]
+    every: int = 1
+
+    def at(self, index: int) -> torch.Tensor | None:
+        """Return batch `index` of the calibration text, None where it does not run here."""
+        return None if index % self.every else self.batches[index // self.every]
+
+    def thinned(self, every: int, keep: Keep = list) -> HiddenStates:
+        """Return each `every`-th of these."""
+        if every == 1:
+            return self
+        return HiddenStates(keep(self.batches[i] for i in range(0, len(self.batches), every)), self.every * every)
+
+
 class _Reached(Exception):
     """Raised by a hook to end a forward pass once all that is wanted is known."""
 
@@ -23,11 +44,11 @@ class _Reached(Exception):
 class BlockInputs:
     """What the blocks of a model are called with for calibration batches of one shape.
 
-    hidden: input of the first block, float32 `[batch, tokens, hidden]` each; arguments: the other positional
+    hidden: input of the first block; arguments: the other positional
     and keyword arguments of each block, which depend on positions only.
     """
 
-    hidden: Sequence[torch.Tensor]
+    hidden: HiddenStates
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
 
 
@@ -38,7 +59,7 @@ def capture(model: nn.Module, blocks: nn.ModuleList, batches: Sequence[torch.Ten
         (_to_float32(positional), _to_float32(keywords))
         for positional, keywords in block_arguments(model, blocks, batches[0])
     ]
-    return BlockInputs(keep(hidden.float() for hidden in embedded(model, blocks, batches)), arguments)
+    return BlockInputs(HiddenStates(keep(hidden.float() for hidden in embedded(model, blocks, batches))), arguments)
 
 
 @torch.no_grad()
@@ -124,10 +145,10 @@ class BlockRunner:
     @torch.no_grad()
     def run_all(
         self,
-        hidden: Sequence[torch.Tensor],
+        hidden: HiddenStates,
         weights: Callable[[], Mapping[str, torch.Tensor]] | None = None,
         keep: Keep = list,
-    ) -> Sequence[torch.Tensor]:
+    ) -> HiddenStates:
         """Return the outputs for all batches, the replacement weights built once."""
         replaced = weights() if weights is not None else None
-        return keep(self(batch, replaced) for batch in hidden)
+        return HiddenStates(keep(self(batch, replaced) for batch in hidden.batches), hidden.every)

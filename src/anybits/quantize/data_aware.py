@@ -7,7 +7,7 @@ up worse than the data-free codes at any precision gets those back.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -55,7 +55,7 @@ def improve(
     """Return `start` with codes and levels that fit the layer's inputs better at every precision, row by row.
 
     weight: float `[N, K]`, what `start` quantizes without data, of either method; moments: of the layer's inputs at
-    start's precisions, those beyond the last sharing it; consume: their memory may be used up. No row's error
+    start's precisions; consume: their memory may be used up. No row's error
     (q - w*) H (q - w*)^T, H damped, is above that of `start` at any precision.
     """
     size = start.in_features
@@ -64,9 +64,8 @@ def improve(
     columns = layout(moments.hessian, size, settings.column_order == "energy")
     ordered = moments.reorder(columns.order)
     if ordered is moments and not consume:
-        ordered = replace(moments, hessian=moments.hessian.clone())
+        ordered = Moments(moments.hessian.clone(), None if moments.drift is None else moments.drift.clone())
     stated = problem(ordered, settings.damping, settings.correction)
-    stated = stated.spread(len(start.precisions))
     first = _balanced(weight, start, settings)
     step = max(1, min(ROWS, CHUNK // (len(start.precisions) * start.in_features)))
     starts = range(0, start.out_features, step)

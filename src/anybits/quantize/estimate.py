@@ -86,11 +86,8 @@ class _Shape:
         return parts
 
     def _hessians(self) -> int:
-        """Return how many `[K, K]` matrices are kept: Hessians, their factors, cross moments and shifts."""
-        assert self.recipe.data_aware is not None
-        own = sum(p <= self.recipe.data_aware.own_inputs for p in self.recipe.precisions)
-        kept = own + (own < self.precisions)
-        return 3 * kept + own + (3 * self.precisions if kept < self.precisions else 0)
+        """Return how many `[K, K]` matrices are kept: Hessians, their factors, and drifts, which become shifts."""
+        return 3 * self.precisions
 
     def disk(self) -> dict[str, int]:
         """Return the bytes of the result, and of what lies beside it until the run ends."""
@@ -121,7 +118,8 @@ class _Shape:
             return parts
         rate = _multiply_adds_a_second()
         forward = self.tokens * self.weights / rate
-        paths = 1 + self.precisions
+        shares = {p: 1 / self.recipe.every(p) for p in (None, *self.recipe.precisions)}
+        paths = sum(shares.values())
         if self.recipe.method == "any-precision":
             parts["sensitivities"] = 4 * forward
         if self.recipe.uses_hessian:
@@ -134,7 +132,8 @@ class _Shape:
             parts["data-aware codes"] = self.blocks * sum(
                 cost(g[0].in_features, sum(t.out_features for t in g)) for g in groups
             )
-            moments = 2 * self.precisions * self.tokens * sum(g[0].in_features ** 2 for g in groups) * self.blocks
+            halves = sum(shares[p] + min(shares[p], shares[None]) for p in self.recipe.precisions)
+            moments = halves * self.tokens * sum(g[0].in_features ** 2 for g in groups) * self.blocks
             parts["running the blocks"] = paths * forward * (1 + PARTIAL_FORWARD * len(groups)) + moments / rate
         if self.recipe.reconstructs:
             step = 3 * self.recipe.batch * self.recipe.seq_len * self.weights / rate
@@ -228,7 +227,7 @@ class _Cost:
 def _moments(columns: int, recipe: Recipe) -> Moments:
     x = torch.randn(2 * columns, columns)
     hessian = (x.T @ x).repeat(len(recipe.precisions), 1, 1)
-    return Moments(hessian, hessian.clone())
+    return Moments(hessian, hessian / 16)
 
 
 def _data_aware_seconds(columns: int, rows: int, recipe: Recipe) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -10,9 +10,9 @@ from torch import nn
 from anybits.config import Recipe
 from anybits.errors import AnybitsError
 from anybits.quantize import anybcq, anyprecision
-from anybits.quantize.blocks import bypassed
+from anybits.quantize.blocks import HiddenStates, bypassed
 from anybits.quantize.data_aware import improve, join_rows
-from anybits.quantize.hessian import Moments
+from anybits.quantize.hessian import Moments, Sums
 from anybits.quantize.source import Source
 from anybits.quantize.targets import Target, matrix
 from anybits.weight import PlaneWeight
@@ -59,30 +59,23 @@ def _data_free(weight: torch.Tensor, recipe: Recipe) -> PlaneWeight:
 def head_moments(
     source: Source,
     target: Target,
-    float_path: Sequence[torch.Tensor],
-    paths: Mapping[int, Sequence[torch.Tensor]],
-    own: Sequence[int],
+    float_path: HiddenStates,
+    paths: Mapping[int, HiddenStates],
     as_tuple: bool,
 ) -> Moments:
     """Return the second moments of the head's inputs, as hessian.collect does for the layers of a block.
 
-    float_path, paths: the last block's outputs `[batch, tokens, hidden]` from the float model and from the model
-    quantized at each precision; own: the precisions that are fitted to their own path; as_tuple: how blocks return.
+    float_path, paths: the last block's outputs from the float model and from the model quantized at each precision, in
+    ascending order; as_tuple: how blocks return.
     """
-    size = target.in_features
-    plain = len(own) < len(paths)
-    hessian = torch.zeros(len(own) + plain, size, size)
-    cross = torch.zeros(len(own), size, size)
+    sums = Sums(target.in_features, len(paths), True)
     with source.rest():
-        for index, hidden in enumerate(float_path):
-            wanted = _head_input(source, target, hidden, as_tuple)
-            if plain:
-                hessian[-1].addmm_(wanted.T, wanted)
-            for i, p in enumerate(own):
-                x = _head_input(source, target, paths[p][index], as_tuple)
-                hessian[i].addmm_(x.T, x)
-                cross[i].addmm_(wanted.T, x)
-    return Moments(hessian, cross)
+        for i, path in enumerate(paths.values()):
+            for number, hidden in enumerate(path.batches):
+                plain = float_path.at(number * path.every)
+                wanted = None if plain is None else _head_input(source, target, plain, as_tuple)
+                sums.add(i, _head_input(source, target, hidden, as_tuple), wanted, plain is not None)
+    return sums.moments()
 
 
 def _head_input(source: Source, target: Target, hidden: torch.Tensor, as_tuple: bool) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """What a linear layer sees: second moments of its inputs, collected block by block on the quantized path.
 
 A layer that becomes Q answers a quantized input x' where the float model gave W x. The squared error summed over
-tokens, |Q X' - W X|^2, has the Hessian H = X'^T X' and its minimum not at W but at W C H^-1 with C = X^T X'
-(GPTAQ, arXiv 2504.02692, uses the same shift): a layer makes up for what the layers before it did.
+tokens, |Q X' - W X|^2, has the Hessian H = X'^T X' and its minimum not at W but at W (I + D H^-1) with the drift
+D = (X - X')^T X' (GPTAQ, arXiv 2504.02692, uses the same shift): a layer makes up for what the layers before it did.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from anybits.quantize.blocks import BlockRunner
+from anybits.quantize.blocks import BlockRunner, HiddenStates
 from anybits.quantize.targets import Target
 
 
 @dataclass
 class Moments:
-    """Second moments of a layer's inputs at each precision that has a path of its own, then of the float path.
+    """Second moments of a layer's inputs X' on each precision's path, and how far these are from the float path's X.
 
-    hessian: X'^T X', float32 `[D, K, K]`, all precisions beyond D sharing the last; cross: X^T X' with the float path's
-    X, `[D, K, K]` or `[D - 1, K, K]`, a missing last one being equal to its Hessian; None where it is not wanted.
+    hessian: X'^T X' / tokens, float32 `[P, K, K]`; drift: (X - X')^T X' / tokens, over the tokens that ran on both
+    paths, `[P, K, K]`; None where it is not wanted.
     """
 
     hessian: torch.Tensor
-    cross: torch.Tensor | None
+    drift: torch.Tensor | None
 
     def reorder(self, order: torch.Tensor) -> Moments:
         """Return the moments with columns permuted, column i of the result being column order[i]."""
         if torch.equal(order, torch.arange(len(order), device=order.device)):
             return self
-        cross = None if self.cross is None else self.cross[:, order][:, :, order]
-        return Moments(self.hessian[:, order][:, :, order], cross)
+        drift = None if self.drift is None else self.drift[:, order][:, :, order]
+        return Moments(self.hessian[:, order][:, :, order], drift)
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,6 @@ class Problem:
     factors: torch.Tensor
     shifts: torch.Tensor | None
 
-    def spread(self, precisions: int) -> Problem:
-        """Return the problems of all P precisions, those beyond the last being equal to it."""
-        of = torch.arange(precisions).clamp_max(len(self.hessians) - 1)
-        if len(of) == len(self.hessians):
-            return self
-        return Problem(self.hessians[of], self.factors[of], None if self.shifts is None else self.shifts[of])
-
     def targets(self, weight: torch.Tensor) -> torch.Tensor:
         """Return w* `[P, K, N]` of rows `[N, K]`."""
         columns = weight.T.contiguous()
@@ -67,12 +60,11 @@ def problem(moments: Moments, damping: float, correction: float) -> Problem:
     """Return the quadratic problem of moments.
 
     damping: added to the diagonal, relative to its mean, so that directions the text never showed keep the weights
-    near their values; correction: share of the way from W to W C H^-1 that the target goes. The Hessians are replaced
-    by the problem's in the same memory: they are the largest thing that a run holds.
+    near their values; correction: share of the way from W to W (I + D H^-1) that the target goes. Hessians are replaced
+    by the problem's, and drifts by its shifts, in the same memory: they are the largest thing that a run holds.
     """
     hessians, factors = moments.hessian, torch.empty_like(moments.hessian)
-    cross = moments.cross if correction and moments.cross is not None and len(moments.cross) else None
-    shifts = None if cross is None else torch.empty_like(hessians)
+    shifts = moments.drift if correction else None
     for i, moment in enumerate(hessians):
         # A layer that saw nothing is as good as one that saw white noise.
         mean = moment.diagonal().double().mean()
@@ -80,10 +72,9 @@ def problem(moments: Moments, damping: float, correction: float) -> Problem:
         h = moment.double().div_(mean)
         h.diagonal().add_(damping if moment.any() else 1.0)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
-        if cross is not None and shifts is not None:
-            shift = torch.eye(len(h), dtype=h.dtype, device=h.device)
-            if i < len(cross):
-                shift += inverse @ (correction / mean * (cross[i] - moment).double().T)
+        if shifts is not None:
+            shift = inverse @ (correction / mean * shifts[i].double().T)
+            shift.diagonal().add_(1.0)
             shifts[i] = shift
             del shift  # of float64, as large as all that follows
         moment.copy_(h)
@@ -185,41 +176,59 @@ def stages(runner: BlockRunner, targets: list[Target], hidden: torch.Tensor) -> 
 def collect(
     runner: BlockRunner,
     groups: list[list[str]],
-    float_path: Sequence[torch.Tensor],
-    paths: list[Sequence[torch.Tensor]],
+    float_path: HiddenStates,
+    paths: Sequence[HiddenStates],
     replaced: Sequence[Mapping[str, torch.Tensor]],
-    cross: bool,
-    plain: bool = False,
+    drift: bool,
 ) -> list[Moments]:
     """Return the moments of the inputs that the linear layers of each of `groups` share.
 
-    float_path: the block's inputs `[batch, tokens, hidden]` from the float model; paths: for each precision that has
-    its own those from the model quantized so far; replaced: for each of these the weights of this block that
-    are quantized already; plain: add the float path's own moments as the last. Tokens that the two paths
-    route differently, to other experts, count without a cross moment.
+    float_path: the block's inputs from the float model; paths: for each precision those from the model quantized at it
+    so far; replaced: for each of these the weights of this block that are quantized already; drift: whether it is
+    wanted. Tokens that the two paths route differently, to other experts, count as if both paths were equal there.
     """
     firsts = [group[0] for group in groups]
     watch = Watch(runner, firsts)
-    sums = [_zeros(runner, name, len(paths), cross, plain) for name in firsts]
-    for index, hidden in enumerate(float_path):
-        wanted = watch.inputs(hidden, None) if cross or plain else {}
-        for name, moments in zip(firsts, sums, strict=True):
-            if plain and name in wanted:
-                moments.hessian[-1].addmm_(wanted[name].T, wanted[name])
+    sums = [Sums(_width(runner, name), len(paths), drift) for name in firsts]
+    for index in range(max(path.every * (len(path.batches) - 1) + 1 for path in paths)):
+        plain = float_path.at(index) if drift else None
+        wanted = {} if plain is None else watch.inputs(plain, None)
         for i, path in enumerate(paths):
-            found = watch.inputs(path[index], replaced[i])
-            for name, moments in zip(firsts, sums, strict=True):
-                if name not in found:
-                    continue
-                x, like = found[name], wanted.get(name)
-                moments.hessian[i].addmm_(x.T, x)
-                if moments.cross is not None:
-                    moments.cross[i].addmm_((x if like is None or like.shape != x.shape else like).T, x)
-    return sums
+            hidden = path.at(index)
+            found = {} if hidden is None else watch.inputs(hidden, replaced[i])
+            for name, own in zip(firsts, sums, strict=True):
+                if name in found:
+                    own.add(i, found[name], wanted.get(name), plain is not None)
+    return [own.moments() for own in sums]
 
 
-def _zeros(runner: BlockRunner, name: str, paths: int, cross: bool, plain: bool) -> Moments:
+def _width(runner: BlockRunner, name: str) -> int:
     layer = runner.block.get_submodule(name)
     assert isinstance(layer, nn.Linear)
-    hessian = torch.zeros(paths + plain, layer.in_features, layer.in_features)
-    return Moments(hessian, torch.zeros_like(hessian[:paths]) if cross else None)
+    return layer.in_features
+
+
+class Sums:
+    """Moments of one layer's inputs while batches come."""
+
+    def __init__(self, width: int, paths: int, drift: bool) -> None:
+        self.hessian = torch.zeros(paths, width, width)
+        self.drift = torch.zeros_like(self.hessian) if drift else None
+        self.tokens, self.shared = [0] * paths, [0] * paths
+
+    def add(self, i: int, x: torch.Tensor, wanted: torch.Tensor | None, shared: bool) -> None:
+        """Count rows `[tokens, K]` of path i; wanted: those of the float path, if it came to this layer."""
+        self.hessian[i].addmm_(x.T, x)
+        self.tokens[i] += len(x)
+        if self.drift is not None and shared:
+            self.shared[i] += len(x)
+            if wanted is not None and wanted.shape == x.shape:
+                self.drift[i].addmm_((wanted - x).T, x)
+
+    def moments(self) -> Moments:
+        """Return the means."""
+        for i, (tokens, shared) in enumerate(zip(self.tokens, self.shared, strict=True)):
+            self.hessian[i] /= max(tokens, 1)
+            if self.drift is not None:
+                self.drift[i] /= max(shared, 1)
+        return Moments(self.hessian, self.drift)

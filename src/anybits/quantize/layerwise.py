@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 
 from anybits.config import DataAware
-from anybits.quantize.blocks import BlockRunner
+from anybits.quantize.blocks import BlockRunner, HiddenStates
 from anybits.quantize.data_aware import improve, join_rows
 from anybits.quantize.hessian import collect, stages
 from anybits.quantize.targets import Target, matrix
@@ -22,26 +22,24 @@ def improve_block(
     runner: BlockRunner,
     targets: list[Target],
     start: Mapping[str, PlaneWeight],
-    float_path: Sequence[torch.Tensor],
-    paths: Mapping[int, Sequence[torch.Tensor]],
+    float_path: HiddenStates,
+    paths: Mapping[int, HiddenStates],
     settings: DataAware,
 ) -> dict[str, PlaneWeight]:
     """Return `start`, the block's data-free weights by module, with codes and levels that fit their inputs.
 
-    float_path, paths: the block's inputs `[batch, tokens, hidden]` from the float model and from the model quantized
-    at each precision so far; those of precisions above settings.own_inputs are not looked at. Fused experts keep
-    their data-free codes: their inputs cannot be told apart.
+    float_path, paths: the block's inputs from the float model and from the model quantized at each precision so far.
+    Fused experts keep their data-free codes: their inputs cannot be told apart.
     """
     by_module = {t.module: t for t in targets}
     like = dict(runner.block.named_parameters())
     weights = dict(start)
     precisions = next(iter(start.values())).precisions
-    own = [p for p in precisions if p <= settings.own_inputs]
-    replaced: list[dict[str, torch.Tensor]] = [{} for _ in own]
-    inputs, plain = [paths[p] for p in own], len(own) < len(precisions)
-    order = stages(runner, targets, float_path[0])
+    replaced: list[dict[str, torch.Tensor]] = [{} for _ in precisions]
+    inputs = [paths[p] for p in precisions]
+    order = stages(runner, targets, float_path.batches[0])
     for groups in [[group] for group in order] if settings.sequential else [order]:
-        found = collect(runner, groups, float_path, inputs, replaced, settings.correction > 0, plain)
+        found = collect(runner, groups, float_path, inputs, replaced, settings.correction > 0)
         for group, moments in zip(groups, found, strict=True):
             # One pass over the columns serves all layers that see this input: their rows are independent.
             together = torch.cat([matrix(like[by_module[module].parameter]) for module in group])
@@ -51,7 +49,7 @@ def improve_block(
                 target = by_module[module]
                 weights[module] = better.rows(first, first + target.out_features)
                 first += target.out_features
-                for p, dense in zip(own, replaced, strict=True):
+                for p, dense in zip(precisions, replaced, strict=True):
                     dense[target.parameter] = weights[module].dequantize(p)
     _announce([t.module for t in targets if not any(t.module in group for group in order)])
     return weights

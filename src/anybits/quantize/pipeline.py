@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from anybits.config import Recipe, StoredConfig
 from anybits.errors import AnybitsError
 from anybits.quantize import anybcq, anyprecision, block_tuning, layerwise
 from anybits.quantize.activations import Keeper
-from anybits.quantize.blocks import BlockInputs, BlockRunner, capture
+from anybits.quantize.blocks import BlockInputs, BlockRunner, HiddenStates, capture
 from anybits.quantize.calibration import Calibration
 from anybits.quantize.head import find_head, head_moments, quantize_head
 from anybits.quantize.interruptions import explained
@@ -143,8 +143,8 @@ class _Walk:
 
     inputs: BlockInputs
     keeper: Keeper
-    float_path: Sequence[torch.Tensor]
-    paths: dict[int, Sequence[torch.Tensor]]
+    float_path: HiddenStates
+    paths: dict[int, HiddenStates]
     as_tuple: bool = False
 
 
@@ -201,9 +201,7 @@ class _Run:
         assert self.head is not None
         moments = None
         if walk is not None and self.recipe.uses_hessian:
-            assert self.recipe.data_aware is not None
-            own = [p for p in self.recipe.precisions if p <= self.recipe.data_aware.own_inputs]
-            moments = head_moments(self.source, self.head, walk.float_path, walk.paths, own, walk.as_tuple)
+            moments = head_moments(self.source, self.head, walk.float_path, walk.paths, walk.as_tuple)
         name = self.head.module
         tensors = quantize_head(self.source, self.head, self.recipe, moments).tensors()
         sentinel = {f"{name}.weight": torch.empty(0, dtype=self.source.dtype)}  # see PlaneModule
@@ -232,10 +230,13 @@ class _Run:
         tokens = self.calibration.tokens
         batches = [b for b in tokens.split(batch) if len(b) == batch] or [tokens]
         width = self.source.hidden_size()
-        keeper = Keeper(walk_bytes(tokens.numel(), width, len(self.recipe.precisions)), self.writer.folder)
+        precisions = self.recipe.precisions
+        keeper = Keeper(walk_bytes(tokens.numel(), width, len(precisions)), self.writer.folder)
         with self.source.running() as model:
             inputs = capture(model, self.blocks, batches, keeper.keep)
-        return _Walk(inputs, keeper, inputs.hidden, dict.fromkeys(self.recipe.precisions, inputs.hidden))
+        every = {p: self.recipe.every(p) for p in (None, *precisions)}
+        thinned = {n: inputs.hidden.thinned(n, keeper.keep) for n in set(every.values())}
+        return _Walk(inputs, keeper, thinned[every[None]], {p: thinned[every[p]] for p in precisions})
 
     def _quantize_weights(self, index: int) -> dict[str, PlaneWeight]:
         sums = {} if self.sensitivity is None else self.sensitivity.read(index)
@@ -260,11 +261,9 @@ class _Run:
             weights = layerwise.improve_block(runner, targets, weights, walk.float_path, walk.paths, recipe.data_aware)
         wanted = runner.run_all(walk.float_path, keep=walk.keeper.keep)
         for p, path in walk.paths.items():
-            if not recipe.has_own_path(p):
-                walk.paths[p] = wanted
-                continue
             if fit and recipe.reconstructs:
-                weights = block_tuning.tune(runner, targets, weights, p, walk.float_path, path, wanted, recipe)
+                seen = walk.float_path.batches, path.batches, wanted.batches
+                weights = block_tuning.tune(runner, targets, weights, p, *seen, recipe)
             with torch.no_grad():
                 replaced = block_tuning.dense(weights, targets, p, like)
             walk.paths[p] = runner.run_all(path, lambda replaced=replaced: replaced, walk.keeper.keep)  # type: ignore[misc]
