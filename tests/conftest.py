@@ -92,8 +92,12 @@ def random_weight(
     symmetric: bool = False,
     seed: int = 0,
     dtype: torch.dtype = torch.float16,
+    scale_bits: int = 16,
 ) -> PlaneWeight:
-    """Return a PlaneWeight with random planes and levels; codebook levels when group_size is None."""
+    """Return a PlaneWeight with random planes and levels; codebook levels when group_size is None.
+
+    dtype: of the levels, or with scale_bits 8 of the rows' steps.
+    """
     g = torch.Generator().manual_seed(seed)
     top = precisions[-1]
     codes = torch.randint(0, 2**top, (out_features, in_features), generator=g, dtype=torch.uint8)
@@ -102,6 +106,32 @@ def random_weight(
         centroids = {p: torch.randn(out_features, 2**p, generator=g).to(dtype) for p in precisions}
         return PlaneWeight(planes, in_features, CodebookLevels(centroids))
     groups = group_count(group_size, in_features)
+    if scale_bits == 8:
+        return PlaneWeight(
+            planes, in_features, _in_steps(out_features, precisions, group_size, groups, symmetric, g, dtype)
+        )
     scales = {p: torch.randn(p, out_features, groups, generator=g).to(dtype) for p in precisions}
     offsets = None if symmetric else {p: torch.randn(out_features, groups, generator=g).to(dtype) for p in precisions}
     return PlaneWeight(planes, in_features, AffineLevels(group_size, scales, offsets))
+
+
+def _in_steps(
+    rows: int,
+    precisions: tuple[int, ...],
+    group_size: int,
+    groups: int,
+    symmetric: bool,
+    g: torch.Generator,
+    dtype: torch.dtype,
+) -> AffineLevels:
+    def counts(*shape: int) -> torch.Tensor:
+        return torch.randint(-127, 128, shape, generator=g, dtype=torch.int8)
+
+    def sizes(*shape: int) -> torch.Tensor:
+        return (torch.rand(*shape, 1, generator=g) * 0.02).to(dtype)
+
+    scales, scale_steps = {p: counts(p, rows, groups) for p in precisions}, {p: sizes(p, rows) for p in precisions}
+    if symmetric:
+        return AffineLevels(group_size, scales, None, scale_steps)
+    offsets, offset_steps = {p: counts(rows, groups) for p in precisions}, {p: sizes(rows) for p in precisions}
+    return AffineLevels(group_size, scales, offsets, scale_steps, offset_steps)

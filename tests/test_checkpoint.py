@@ -17,14 +17,15 @@ from anybits.weight import AffineLevels, PlaneWeight
 from conftest import random_weight
 
 N, K = 24, 96
-METHODS = {"anybcq": 32, "any-precision": None}
+METHODS = {"anybcq": 32, "anybcq in 8 bits": 32, "any-precision": None}
 
 
 def write(folder: Path, method: str = "anybcq", precisions: tuple[int, ...] = (2, 3, 5)) -> PlaneWeight:
     """Write a checkpoint with one module `a.b` and one other tensor; return the module's weight."""
-    group_size = METHODS[method]
-    weight = random_weight(N, K, precisions, group_size)
-    stored = StoredConfig(method, precisions, ("a.*",), group_size, False if group_size else None)
+    group_size, scale_bits = METHODS[method], 8 if method.endswith("8 bits") else 16
+    weight = random_weight(N, K, precisions, group_size, scale_bits=scale_bits)
+    symmetric = False if group_size else None
+    stored = StoredConfig(method.split()[0], precisions, ("a.*",), group_size, symmetric, scale_bits=scale_bits)
     writer = CheckpointWriter(folder)
     tensors = {f"a.b.{name}": t for name, t in weight.tensors().items()} | {"a.b.weight": torch.empty(0)}
     writer.write_shard("block-00000", tensors)
@@ -109,8 +110,33 @@ def test_the_bytes_are_those_of_the_format(tmp_path: Path) -> None:
     }
 
 
-def test_every_flipped_bit_of_the_data_is_noticed(tmp_path: Path) -> None:
-    write(tmp_path)
+def test_the_bytes_of_levels_in_steps_are_those_of_the_format(tmp_path: Path) -> None:
+    """Golden bytes, the second example of docs/format.md: the matrix is that of the first."""
+    codes = (torch.arange(2 * 40).view(2, 40) % 4).to(torch.uint8)
+    scales = torch.tensor([[[64, 32]] * 2, [[64, 32]] * 2], dtype=torch.int8)
+    steps = torch.tensor([[[1 / 64]] * 2, [[1 / 256]] * 2]).half()
+    weight = PlaneWeight(codes_to_planes(codes, 2), 40, AffineLevels(32, {2: scales}, None, {2: steps}))
+    CheckpointWriter(tmp_path).write_shard("block-00000", {f"a.{k}": t for k, t in weight.tensors().items()})
+    data = (tmp_path / "model-block-00000.safetensors").read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
+
+    def stored(name: str) -> str:
+        first, last = header[name]["data_offsets"]
+        return body[first:last].hex()
+
+    assert header["a.scales_2"]["dtype"] == "I8"
+    assert header["a.scale_steps_2"] | {"data_offsets": 0} == {"dtype": "F16", "shape": [2, 2, 1], "data_offsets": 0}
+    assert stored("a.scales_2") == "4020" * 4
+    assert stored("a.scale_steps_2") == "0024" * 2 + "001c" * 2
+    wanted = [-1.25, -0.75, 0.75, 1.25]
+    assert weight.dequantize(2)[0, :4].tolist() == wanted
+    assert weight.dequantize(2)[1, 32:36].tolist() == [w / 2 for w in wanted]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_flipped_bit_of_the_data_is_noticed(tmp_path: Path, method: str) -> None:
+    write(tmp_path, method)
     path = tmp_path / "model-block-00000.safetensors"
     good = path.read_bytes()
     (length,) = struct.unpack("<Q", good[:8])
@@ -135,8 +161,9 @@ def test_truncated_files_are_refused(tmp_path: Path) -> None:
     read(tmp_path)
 
 
-def test_damaged_headers_never_raise_anything_else(tmp_path: Path) -> None:
-    write(tmp_path)
+@pytest.mark.parametrize("method", METHODS)
+def test_damaged_headers_never_raise_anything_else(tmp_path: Path, method: str) -> None:
+    write(tmp_path, method)
     path = tmp_path / "model-block-00000.safetensors"
     good = path.read_bytes()
     (length,) = struct.unpack("<Q", good[:8])
@@ -159,7 +186,12 @@ def edit(path: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 7}, "format version 7"),
+        ({"format_version": 7}, "format version 7, and this anybits reads versions 1 and 2: install"),
+        ({"format_version": 0}, "format version 0"),
+        ({"format_version": None}, "format version None"),
+        ({"format_version": 2, "scale_bits": 8}, "a.b.scales_2 is torch.float16 .* where torch.int8"),
+        ({"format_version": 2, "scale_bits": 12}, "scale_bits 12 does not fit"),
+        ({"scale_bits": 8}, "format version 1 and scale_bits 8, which only version 2 has"),
         ({"group_size": 64}, "a.b.scales_2 is .* where .* is needed"),
         ({"group_size": 20}, "group size 20 does not fit"),
         ({"precisions": [2, 3, 4, 5]}, "no a.b.scales_4"),
@@ -174,6 +206,26 @@ def test_a_config_that_does_not_fit_the_files_is_refused(
     edit(tmp_path / "config.json", **changes)
     with pytest.raises(AnybitsError, match=message):
         read(tmp_path)
+
+
+def test_what_an_older_anybits_reads_keeps_its_version(tmp_path: Path) -> None:
+    """Version 1 knew no scale_bits; version 2 is refused there by its number, in one sentence."""
+    write(tmp_path / "16")
+    write(tmp_path / "8", "anybcq in 8 bits")
+    old, new = (
+        json.loads((tmp_path / bits / "config.json").read_text())["quantization_config"] for bits in ("16", "8")
+    )
+    assert old["format_version"] == 1
+    assert "scale_bits" not in old
+    assert new["format_version"] == 2
+    assert new["scale_bits"] == 8
+    assert read_stored_config(tmp_path / "8").up_to(3).scale_bits == 8
+    edit(tmp_path / "8" / "config.json", scale_bits=16)
+    with pytest.raises(AnybitsError, match=r"a.b.scales_2 is torch.int8 .* where torch.float16 or"):
+        read(tmp_path / "8")
+    edit(tmp_path / "8" / "config.json", method="any-precision", group_size=None, scale_bits=8)
+    with pytest.raises(AnybitsError, match="any-precision has no scales"):
+        read(tmp_path / "8")
 
 
 def test_missing_pieces_are_named(tmp_path: Path) -> None:

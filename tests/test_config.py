@@ -53,7 +53,7 @@ def test_stored_config_survives_json() -> None:
     ("change", "message"),
     [
         ({"quant_method": "gptq"}, "this is not an anybits checkpoint"),
-        ({"format_version": 2}, "format version 2, and this anybits reads version 1"),
+        ({"format_version": 3}, "format version 3, and this anybits reads versions 1 and 2"),
         ({"method": "awq"}, "method 'awq' is unknown"),
         ({"group_size": 33}, "group size 33 does not fit"),
         ({"group_size": None}, "needs a group_size"),

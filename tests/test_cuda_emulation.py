@@ -17,6 +17,7 @@ from anybits.errors import AnybitsError
 from anybits.kernels.cuda import backend, layout, plan
 from anybits.kernels.cuda.layout import DTYPES, Shape
 from anybits.weight import AffineLevels, CodebookLevels, PlaneWeight, group_count
+from conftest import random_weight
 from cuda_emulation.emulator import COMPILER, Emulator
 
 ALL = os.environ.get("ANYBITS_ALL_VARIANTS", "0") not in ("", "0")
@@ -49,6 +50,8 @@ def weight_of(n, k, group, symmetric=False, dtype=F16, precisions=PRECISIONS):
     if group is None:
         return PlaneWeight(planes, k, CodebookLevels({p: torch.randn(n, 2**p).to(dtype) for p in precisions}))
     groups = group_count(group, k)
+    if dtype == torch.int8:
+        return PlaneWeight(planes, k, random_weight(n, k, precisions, group, symmetric, scale_bits=8).levels)
     scales = {p: (torch.rand(p, n, groups) * 0.1 + 0.01).to(dtype) for p in precisions}
     offsets = None if symmetric else {p: (torch.randn(n, groups) * 0.05).to(dtype) for p in precisions}
     return PlaneWeight(planes, k, AffineLevels(group, scales, offsets))
@@ -67,6 +70,7 @@ CASES = {
     "three bits, four rows, group 32": (20, 333, 4, 3, 32, F16, {"symmetric": True}),
     "four bits, 17 rows": (20, 520, 17, 4, 128, F32, {}),
     "mixed, whole row": (37, 333, 5, 0, -1, BF16, {"levels": BF16}),
+    "scales in 8 bits": (20, 700, 3, 3, 128, F32, {"levels": torch.int8}),
     "split columns": (20, 2900, 2, 2, 64, F32, {"device": SMALL}),
     "short codebook": (50, 700, 1, 3, None, BF16, {}),
     "long codebook": (37, 700, 9, 5, None, F16, {}),

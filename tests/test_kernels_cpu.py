@@ -59,6 +59,11 @@ def affine(n, k, group_size=128, symmetric=False, dtype=torch.float16):
     return PlaneWeight(random_planes(n, k), k, AffineLevels(group_size, scales, offsets))
 
 
+def in_steps(n, k, symmetric=False, dtype=torch.float16, group_size=128):
+    levels = random_weight(n, k, PRECISIONS, group_size, symmetric, dtype=dtype, scale_bits=8).levels
+    return PlaneWeight(random_planes(n, k), k, levels)
+
+
 def codebook(n, k):
     return PlaneWeight(random_planes(n, k), k, CodebookLevels({p: torch.randn(n, 2**p).half() for p in PRECISIONS}))
 
@@ -83,6 +88,8 @@ CASES = {
     "affine whole row": lambda: affine(50, 333, group_size=-1),
     "affine bf16 levels": lambda: affine(48, 256, dtype=torch.bfloat16),
     "affine fp32 levels": lambda: affine(48, 256, dtype=torch.float32),
+    "affine 8 bits": lambda: in_steps(37, 1000),
+    "affine 8 bits symmetric": lambda: in_steps(50, 224, True, torch.float32, 32),
     "codebook": lambda: codebook(64, 512),
     "codebook ragged": lambda: codebook(37, 1300),
 }
@@ -104,7 +111,7 @@ def test_products(isa, case):
                 assert error(y, x, weight, p) < bound, (p, dtype, rows)
 
 
-@pytest.mark.parametrize("case", ["affine ragged", "codebook ragged"])
+@pytest.mark.parametrize("case", ["affine ragged", "affine 8 bits", "codebook ragged"])
 @pytest.mark.parametrize("isa", ISAS)
 def test_dense_path(isa, case, monkeypatch):
     monkeypatch.setattr(cpu, "_dense_is_faster", lambda *_: True)
@@ -121,7 +128,7 @@ def test_dense_path(isa, case, monkeypatch):
             )
 
 
-@pytest.mark.parametrize("case", ["affine ragged", "codebook ragged"])
+@pytest.mark.parametrize("case", ["affine ragged", "affine 8 bits", "codebook ragged"])
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_row_count(isa, case):
     weight = CASES[case]()
@@ -136,7 +143,7 @@ def test_every_row_count(isa, case):
                 assert not rows or error(y, x, weight, p) < bound * (2 if rows > 64 else 1), (rows, dtype, p)
 
 
-@pytest.mark.parametrize("case", ["affine", "affine ragged", "codebook ragged"])
+@pytest.mark.parametrize("case", ["affine", "affine ragged", "affine 8 bits", "codebook ragged"])
 @pytest.mark.parametrize("isa", ISAS)
 def test_mixed_rows_equal_uniform_rows(isa, case):
     weight = CASES[case]()
@@ -152,7 +159,7 @@ def test_mixed_rows_equal_uniform_rows(isa, case):
         assert torch.equal(same, backend.matmul(x, packed, 4))
 
 
-@pytest.mark.parametrize("case", ["affine ragged", "affine group 96", "codebook ragged"])
+@pytest.mark.parametrize("case", ["affine ragged", "affine group 96", "affine 8 bits", "codebook ragged"])
 @pytest.mark.parametrize("isa", ISAS)
 def test_a_row_does_not_depend_on_its_batch(isa, case, monkeypatch):
     monkeypatch.setattr(cpu, "_dense_is_faster", lambda *_: False)

@@ -31,6 +31,7 @@ RECIPES = {
     "anybcq": Recipe(**SMALL, preset="best", steps=2, data_aware=DataAware(descents=1, refit_sweeps=1)),
     "any-precision": Recipe(**SMALL, method="any-precision", data_aware=DataAware(descents=1)),
 }
+WITH_8_BITS = RECIPES | {"anybcq in 8 bits": replace(RECIPES["anybcq"], scale_bits=8)}
 
 
 def same_files(one: Path, other: Path) -> bool:
@@ -132,18 +133,19 @@ def test_a_lazily_read_model_with_spilled_activations_gives_the_same_bytes(
     assert len(list((tmp_path / "files").glob("model-rest*"))) > 1
 
 
-@pytest.mark.parametrize("method", RECIPES)
+@pytest.mark.parametrize("method", WITH_8_BITS)
 def test_killed_at_random_moments_and_resumed_gives_the_same_bytes(tmp_path: Path, method: str) -> None:
+    recipe = WITH_8_BITS[method]
     source = save_tiny(tmp_path / "float", "llama")
     out, moments, kills = tmp_path / "killed" / "model", random.Random(0), 0
     started = time.monotonic()
-    quantize_model(str(source), tmp_path / "whole" / "model", RECIPES[method], TEXT)
+    quantize_model(str(source), tmp_path / "whole" / "model", recipe, TEXT)
     seconds = time.monotonic() - started
     for _ in range(10):
         child = os.fork()  # costs no imports
         if child == 0:  # pragma: no cover
             try:
-                quantize_model(str(source), out, RECIPES[method], TEXT)
+                quantize_model(str(source), out, recipe, TEXT)
             finally:
                 os._exit(0)
         time.sleep(moments.uniform(0, 0.3 * seconds))
@@ -152,7 +154,7 @@ def test_killed_at_random_moments_and_resumed_gives_the_same_bytes(tmp_path: Pat
         kills += os.WIFSIGNALED(status)
     assert kills >= 3
     if (out / pipeline.STATE_FILE).exists() or not out.exists():
-        quantize_model(str(source), out, RECIPES[method], TEXT)
+        quantize_model(str(source), out, recipe, TEXT)
     assert same_files(tmp_path / "whole" / "model", out)
 
 
@@ -266,10 +268,10 @@ def find_embedding(model: torch.nn.Module) -> str:
     return next(name for name, _ in model.named_parameters() if name.endswith("embed_tokens.weight"))
 
 
-@pytest.mark.parametrize("method", RECIPES)
+@pytest.mark.parametrize("method", WITH_8_BITS)
 def test_a_dry_run_knows_the_result_and_writes_nothing(tmp_path: Path, method: str) -> None:
     source = save_tiny(tmp_path / "float", "llama")
-    recipe = replace(RECIPES[method], quantize_lm_head=True)
+    recipe = replace(WITH_8_BITS[method], quantize_lm_head=True)
     before = sorted(tmp_path.rglob("*"))
     found = estimate_model(str(source), recipe)
     assert sorted(tmp_path.rglob("*")) == before

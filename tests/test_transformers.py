@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,28 @@ def test_every_architecture_goes_through(tmp_path: Path, architecture: str) -> N
     model.save_pretrained(tmp_path / "again")
     again = hf.load_model(tmp_path / "again")
     assert torch.equal(logits(again, 4), logits(model, 4))
+
+
+@pytest.mark.parametrize("architecture", ["llama-tied-bias", "qwen3-moe"])
+def test_scales_in_8_bits_live_as_long(tmp_path: Path, architecture: str) -> None:
+    source = save_tiny(tmp_path / "float", architecture)
+    recipe = replace(FAST, scale_bits=8)
+    stored = quantize_model(str(source), tmp_path / "any", recipe)
+    assert (stored.scale_bits, stored.format_version) == (8, 2)
+    model = hf.load_model(tmp_path / "any", dtype=torch.bfloat16)
+    for module in hf.plane_modules(model).values():
+        kinds = {name.rpartition("_")[0]: t.dtype for name, t in module.plane_weight.tensors().items() if "_" in name}
+        assert kinds["scales"] == kinds["offsets"] == torch.int8
+        assert kinds["scale_steps"] == kinds["offset_steps"] == torch.float16
+    quantize_model(str(source), tmp_path / "wide", replace(recipe, scale_bits=16))
+    wide = hf.load_model(tmp_path / "wide", dtype=torch.bfloat16)
+    for p in (2, 3, 4):
+        one, other = logits(model, p).float(), logits(wide, p).float()
+        assert (one - other).norm() < 0.1 * other.norm()
+    model.save_pretrained(tmp_path / "again")
+    again = hf.load_model(tmp_path / "again", max_precision=3, dtype=torch.bfloat16)
+    assert again.precisions == (2, 3)
+    assert torch.equal(logits(again, 3), logits(model, 3))
 
 
 def test_logits_before_saving_equal_those_after_loading(tmp_path: Path, llama_folder: Path, quantized: Path) -> None:

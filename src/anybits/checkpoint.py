@@ -13,7 +13,7 @@ import os
 import struct
 import threading
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,12 +26,18 @@ from anybits.bits import words
 from anybits.config import StoredConfig
 from anybits.errors import AnybitsError
 from anybits.mapped import MappedFile, Pages
-from anybits.weight import PlaneWeight, from_tensors, group_count
+from anybits.weight import LEVEL_DTYPES, PlaneWeight, affine_shapes, from_tensors, group_count
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 CHECKSUMS = "anybits.crc32"
-_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "I32": torch.int32}
+_DTYPES = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "I32": torch.int32,
+    "I8": torch.int8,
+}
 
 
 def checksums(tensors: Mapping[str, torch.Tensor]) -> dict[str, list[int]]:
@@ -184,6 +190,16 @@ class Entry:
     crc32: tuple[int, ...]
 
 
+def level_shapes(
+    stored: StoredConfig, out_features: int, in_features: int, precisions: Sequence[int]
+) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
+    """Return the shape and allowed dtypes of each level tensor of a matrix `[N, K]` by its stored name."""
+    if stored.group_size is None:
+        return {f"centroids_{p}": ((out_features, 2**p), LEVEL_DTYPES) for p in precisions}
+    groups = group_count(stored.group_size, in_features)
+    return affine_shapes(precisions, out_features, groups, bool(stored.symmetric), stored.scale_bits)
+
+
 class CheckpointReader:
     """Reads PlaneWeights from a checkpoint's files; every header is checked before any tensor is read.
 
@@ -250,15 +266,8 @@ class CheckpointReader:
         """Raise AnybitsError unless `module` is stored with the shapes that the config promises; reads no data."""
         planes = (self.stored.precisions[-1], out_features, words(in_features))
         self._expect(f"{module}.planes", planes, (torch.int32,))
-        levels = (torch.float16, torch.bfloat16, torch.float32)
-        for p in precisions:
-            if self.stored.group_size is None:
-                self._expect(f"{module}.centroids_{p}", (out_features, 2**p), levels)
-                continue
-            groups = group_count(self.stored.group_size, in_features)
-            self._expect(f"{module}.scales_{p}", (p, out_features, groups), levels)
-            if not self.stored.symmetric:
-                self._expect(f"{module}.offsets_{p}", (out_features, groups), levels)
+        for name, (shape, dtypes) in level_shapes(self.stored, out_features, in_features, precisions).items():
+            self._expect(f"{module}.{name}", shape, dtypes)
 
     def _expect(self, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
         entry = self._entries.get(name)
@@ -278,10 +287,7 @@ class CheckpointReader:
         return from_tensors(tensors, in_features, self.stored.group_size)
 
     def _level_names(self, precisions: tuple[int, ...]) -> list[str]:
-        if self.stored.group_size is None:
-            return [f"centroids_{p}" for p in precisions]
-        kinds = ("scales",) if self.stored.symmetric else ("scales", "offsets")
-        return [f"{kind}_{p}" for p in precisions for kind in kinds]
+        return list(level_shapes(self.stored, 1, 1, precisions))
 
     def _read(self, name: str, first: int | None = None) -> torch.Tensor:
         """Return a tensor, or its `first` leading entries, checked against the stored checksums."""

@@ -11,10 +11,13 @@ from typing import Any
 
 from anybits.errors import AnybitsError
 
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = (1, 2)
+"""What this anybits reads. Version 2 has `scale_bits`, and is written only where they are 8: an older anybits reads all
+else."""
 QUANT_METHOD = "anybits"
 METHODS = ("anybcq", "any-precision")
 PRESETS = ("fast", "default", "best")
+SCALE_BITS = (8, 16)
 MIN_PRECISION, MAX_PRECISION = 2, 8
 GROUP_WORD = 32
 WHOLE_ROW = -1
@@ -103,6 +106,20 @@ def check_group_size(group_size: int) -> None:
         )
 
 
+def check_scale_bits(scale_bits: object) -> None:
+    """Raise AnybitsError unless `scale_bits` is 8 or 16."""
+    if isinstance(scale_bits, bool) or scale_bits not in SCALE_BITS:
+        raise AnybitsError(f"scale_bits {scale_bits!r} does not fit: scales and offsets have 8 or 16 bits")
+
+
+def _check_version(version: object) -> None:
+    if version not in FORMAT_VERSIONS:
+        raise AnybitsError(
+            f"the checkpoint has format version {version}, and this anybits reads versions "
+            f"{' and '.join(map(str, FORMAT_VERSIONS))}: install the anybits that wrote it, or quantize the model again"
+        )
+
+
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise AnybitsError(f"{name} '{value}' is unknown: choose {' or '.join(allowed)}")
@@ -113,7 +130,8 @@ class StoredConfig:
     """`quantization_config` of a checkpoint's config.json: all that a reader needs, and how it was made.
 
     targets: patterns of the quantized modules' names, `*` standing for anything but a dot;
-    group_size and symmetric are None for any-precision; recipe: settings and calibration, for people;
+    group_size and symmetric are None for any-precision; scale_bits: 8 when scales and offsets are in steps of their
+    row, else 16; format_version: 0 for the lowest that can say all this; recipe: settings and calibration, for people;
     profiles: name -> quantized module -> the precision at which it runs under that name, in `precision_order`.
     """
 
@@ -122,16 +140,22 @@ class StoredConfig:
     targets: tuple[str, ...]
     group_size: int | None = None
     symmetric: bool | None = None
-    format_version: int = FORMAT_VERSION
+    format_version: int = 0
+    scale_bits: int = 16
     recipe: Mapping[str, Any] = field(default_factory=dict)
     profiles: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raise AnybitsError naming the first field that cannot be right."""
-        if self.format_version != FORMAT_VERSION:
+        check_scale_bits(self.scale_bits)
+        lowest = 1 if self.scale_bits == 16 else 2
+        if self.format_version == 0:
+            object.__setattr__(self, "format_version", lowest)
+        _check_version(self.format_version)
+        if self.format_version < lowest:
             raise AnybitsError(
-                f"the checkpoint has format version {self.format_version}, and this anybits reads version "
-                f"{FORMAT_VERSION}: install the anybits that wrote it, or quantize the model again"
+                f"the checkpoint has format version {self.format_version} and scale_bits {self.scale_bits}, which only "
+                f"version {lowest} has"
             )
         _one_of("method", self.method, METHODS)
         check_precisions(self.precisions)
@@ -141,6 +165,8 @@ class StoredConfig:
             check_group_size(self.group_size)
         elif self.group_size is not None:
             raise AnybitsError(f"method any-precision has one codebook a row and no group size, got {self.group_size}")
+        elif self.scale_bits != 16:
+            raise AnybitsError(f"method any-precision has no scales, and so no scale_bits {self.scale_bits}")
         self._check_profiles()
         ordered = sorted(self.profiles, key=precision_order)
         object.__setattr__(self, "profiles", {name: dict(self.profiles[name]) for name in ordered})
@@ -211,6 +237,8 @@ class StoredConfig:
         plain["precisions"], plain["targets"] = list(self.precisions), list(self.targets)
         if not self.profiles:  # so that a checkpoint without any is read by every anybits of this format version
             del plain["profiles"]
+        if self.format_version == 1:  # which has no such field
+            del plain["scale_bits"]
         return {"quant_method": QUANT_METHOD} | plain
 
     @classmethod
@@ -222,19 +250,18 @@ class StoredConfig:
                 f"quant_method is {stored.get('quant_method')!r} where '{QUANT_METHOD}' is needed: "
                 "this is not an anybits checkpoint"
             )
-        if values.get("format_version", FORMAT_VERSION) == FORMAT_VERSION:
-            known = {f.name for f in fields(cls)}
-            missing = sorted({"method", "precisions", "targets", "format_version"} - set(values))
-            unknown = sorted(set(values) - known)
-            if missing or unknown:
-                raise AnybitsError(
-                    f"the checkpoint's quantization_config lacks {missing} and has unknown {unknown} fields"
-                )
+        if "format_version" in values:
+            _check_version(values["format_version"])
+        known = {f.name for f in fields(cls)}
+        missing = sorted({"method", "precisions", "targets", "format_version"} - set(values))
+        unknown = sorted(set(values) - known)
+        if missing or unknown:
+            raise AnybitsError(f"the checkpoint's quantization_config lacks {missing} and has unknown {unknown} fields")
         for name in ("precisions", "targets"):
             if not isinstance(values.get(name), list | tuple):
                 raise AnybitsError(f"{name} in the checkpoint's quantization_config must be a list")
             values[name] = tuple(values[name])
-        return cls(**{k: v for k, v in values.items() if k in {f.name for f in fields(cls)}})
+        return cls(**values)
 
 
 def check_single(value: object, allowed: tuple[Single, ...]) -> Single:
@@ -311,7 +338,7 @@ class Recipe:
     Token counts are `samples` sequences of `seq_len`; `rounds` is T of AnyBCQ's alternation; `steps` and
     `learning_rate` belong to block reconstruction; `data_aware` None chooses codes without the layers' inputs, as
     both papers do; `quantize_lm_head` adds the output layer to the decoder blocks' layers, a tied one getting planes of
-    its own; preset `fast` uses no calibration text at all.
+    its own; `scale_bits` 8 stores scales and offsets in steps of their row; preset `fast` uses no calibration text.
     """
 
     method: str = "anybcq"
@@ -328,6 +355,7 @@ class Recipe:
     seed: int = 0
     data_aware: DataAware | None = field(default_factory=DataAware)
     quantize_lm_head: bool = False
+    scale_bits: int = 16
 
     def __post_init__(self) -> None:
         """Raise AnybitsError naming the first setting that is out of range."""
@@ -335,6 +363,7 @@ class Recipe:
         _one_of("preset", self.preset, PRESETS)
         check_precisions(self.precisions)
         check_group_size(self.group_size)
+        check_scale_bits(self.scale_bits)
         for name in ("rounds", "steps", "batch", "samples", "seq_len"):
             least = 0 if name in ("steps", "rounds") else 1
             value = getattr(self, name)
@@ -347,6 +376,11 @@ class Recipe:
     def needs_text(self) -> bool:
         """Whether calibration text is needed."""
         return self.preset != "fast"
+
+    @property
+    def stored_scale_bits(self) -> int:
+        """What `scale_bits` comes to: codebooks have no scales, and stay as they are."""
+        return self.scale_bits if self.method == "anybcq" else 16
 
     @property
     def uses_hessian(self) -> bool:

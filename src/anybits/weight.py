@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,9 @@ from anybits.errors import AnybitsError
 
 MAX_PLANES = 8
 LEVEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+AFFINE_KINDS = ("scales", "offsets", "scale_steps", "offset_steps")
+LEVEL_KINDS = (*AFFINE_KINDS, "centroids")
+"""The tensors of levels: each is stored once for every precision, as `kind_p`."""
 
 
 def group_columns(group_size: int, in_features: int) -> int:
@@ -32,47 +35,82 @@ class AffineLevels:
     """Levels of AnyBCQ: w = offset + sum_i scale_i * b_i with b_i in {-1, +1}, a set for each precision.
 
     scales: precision p -> `[p, N, G]`; offsets: p -> `[N, G]`, or None when symmetric; fp16, bf16 or fp32.
+    scale_steps, offset_steps: None, or p -> `[p, N, 1]` and `[N, 1]`, fp16, bf16 or fp32: then scales and offsets are
+    int8, in steps of their row's own size.
     """
 
     group_size: int
     scales: Mapping[int, torch.Tensor]
     offsets: Mapping[int, torch.Tensor] | None = None
+    scale_steps: Mapping[int, torch.Tensor] | None = None
+    offset_steps: Mapping[int, torch.Tensor] | None = None
 
     @property
     def precisions(self) -> tuple[int, ...]:
         """The stored precisions, ascending."""
         return tuple(sorted(self.scales))
 
+    @property
+    def scale_bits(self) -> int:
+        """The bits of one scale or offset: 8 when rows have steps, else 16, whatever their dtype."""
+        return 16 if self.scale_steps is None else 8
+
+    def _kinds(self) -> dict[str, Mapping[int, torch.Tensor]]:
+        """Return what is stored, by the field that holds it and in the order of the fields."""
+        found = {kind: getattr(self, kind) for kind in AFFINE_KINDS}
+        return {kind: stored for kind, stored in found.items() if stored is not None}
+
     def tensors(self, precision: int) -> dict[str, torch.Tensor]:
         """Return the tensors that `precision` reads besides planes, by stored name."""
-        named = {f"scales_{precision}": self.scales[precision]}
-        if self.offsets is not None:
-            named[f"offsets_{precision}"] = self.offsets[precision]
-        return named
+        return {f"{kind}_{precision}": stored[precision] for kind, stored in self._kinds().items()}
 
     def check(self, out_features: int, in_features: int) -> None:
         """Raise AnybitsError unless every tensor has the shape and dtype that the class states."""
         groups = group_count(self.group_size, in_features)
-        if self.offsets is not None and set(self.offsets) != set(self.scales):
-            raise AnybitsError(
-                f"offsets are stored for precisions {sorted(self.offsets)} and scales for {sorted(self.scales)}: "
-                "they must be the same"
-            )
-        for p in self.precisions:
-            _check_level(f"scales_{p}", self.scales[p], (p, out_features, groups))
-            if self.offsets is not None:
-                _check_level(f"offsets_{p}", self.offsets[p], (out_features, groups))
+        shapes = affine_shapes(self.precisions, out_features, groups, self.offsets is None, self.scale_bits)
+        for kind, stored in self._kinds().items():
+            if set(stored) != set(self.scales):
+                raise AnybitsError(
+                    f"{kind} are stored for precisions {sorted(stored)} and scales for {sorted(self.scales)}: "
+                    "they must be the same"
+                )
+            for p, tensor in stored.items():
+                if f"{kind}_{p}" not in shapes:
+                    raise AnybitsError(f"{kind}_{p} is stored without the scale_steps or offsets that it belongs to")
+                _check_level(f"{kind}_{p}", tensor, *shapes.pop(f"{kind}_{p}"))
+        if shapes:
+            raise AnybitsError(f"{next(iter(shapes))} is missing beside scales of {self.scale_bits} bits")
+
+    def values(self, precision: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the scales `[p, N, G]` and offsets `[N, G]` of `precision` as float32, 8 bits times their step."""
+        scales = self.scales[precision].float()
+        offsets = None if self.offsets is None else self.offsets[precision].float()
+        if self.scale_steps is not None:
+            scales = scales * self.scale_steps[precision].float()
+        if offsets is not None and self.offset_steps is not None:
+            offsets = offsets * self.offset_steps[precision].float()
+        return scales, offsets
+
+    def expanded(self) -> AffineLevels:
+        """Return the same values without steps: fp16 where it holds all of them, as it does anybits' own, else fp32."""
+        if self.scale_steps is None:
+            return self
+        found = {p: self.values(p) for p in self.precisions}
+        every = [t for pair in found.values() for t in pair if t is not None]
+        dtype = torch.float16 if all(torch.equal(t.half().float(), t) for t in every) else torch.float32
+        offsets = {p: offset.to(dtype) for p, (_, offset) in found.items() if offset is not None}
+        return AffineLevels(self.group_size, {p: s.to(dtype) for p, (s, _) in found.items()}, offsets or None)
 
     def dequantize(self, planes: torch.Tensor, precision: int, in_features: int) -> torch.Tensor:
         """Return float32 `[N, K]`: the offset first, then plane 0, 1, ... added in this order."""
-        scales = self.scales[precision].float()
+        scales, offsets = self.values(precision)
         _, out_features, groups = scales.shape
         columns = group_columns(self.group_size, in_features)
         padding = groups * columns - in_features
-        if self.offsets is None:
+        if offsets is None:
             values = scales.new_zeros(out_features, groups, columns)
         else:
-            values = self.offsets[precision].float()[..., None].repeat(1, 1, columns)
+            values = offsets[..., None].repeat(1, 1, columns)
         for plane, scale in zip(planes[:precision], scales, strict=True):
             signs = bits.unpack(plane, in_features).float().mul_(2).sub_(1)
             signs = torch.nn.functional.pad(signs, (0, padding)).view(out_features, groups, columns)
@@ -81,15 +119,17 @@ class AffineLevels:
 
     def map(self, fn: Callable[[torch.Tensor], torch.Tensor], keep: Callable[[int], bool]) -> AffineLevels:
         """Return the levels of the precisions that `keep` allows, each tensor passed through `fn`."""
-        scales = {p: fn(t) for p, t in self.scales.items() if keep(p)}
-        offsets = None if self.offsets is None else {p: fn(t) for p, t in self.offsets.items() if keep(p)}
-        return AffineLevels(self.group_size, scales, offsets)
+        kept = {kind: {p: fn(t) for p, t in stored.items() if keep(p)} for kind, stored in self._kinds().items()}
+        return AffineLevels(self.group_size, **kept)
+
+    def replaced(self, other: AffineLevels) -> AffineLevels:
+        """Return the levels with those of `other`, of the same kinds, in the place of its precisions."""
+        theirs = other._kinds()
+        return AffineLevels(self.group_size, **{kind: {**own, **theirs[kind]} for kind, own in self._kinds().items()})
 
     def rows(self, start: int, stop: int) -> AffineLevels:
         """Return the levels of output rows start ... stop - 1."""
-        scales = {p: t[:, start:stop] for p, t in self.scales.items()}
-        offsets = None if self.offsets is None else {p: t[start:stop] for p, t in self.offsets.items()}
-        return AffineLevels(self.group_size, scales, offsets)
+        return self.map(lambda t: t[..., start:stop, :], keep=lambda p: True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +153,7 @@ class CodebookLevels:
     def check(self, out_features: int, in_features: int) -> None:
         """Raise AnybitsError unless every tensor has the shape and dtype that the class states."""
         for p in self.precisions:
-            _check_level(f"centroids_{p}", self.centroids[p], (out_features, 2**p))
+            _check_level(f"centroids_{p}", self.centroids[p], (out_features, 2**p), LEVEL_DTYPES)
 
     def dequantize(self, planes: torch.Tensor, precision: int, in_features: int) -> torch.Tensor:
         """Return float32 `[N, K]`."""
@@ -132,11 +172,37 @@ class CodebookLevels:
 Levels = AffineLevels | CodebookLevels
 
 
-def _check_level(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+Dtypes = tuple[torch.dtype, ...]
+
+
+def affine_shapes(
+    precisions: Sequence[int], out_features: int, groups: int, symmetric: bool, scale_bits: int
+) -> dict[str, tuple[tuple[int, ...], Dtypes]]:
+    """Return the shape and the allowed dtypes of every affine level tensor by its stored name (docs/format.md)."""
+    dtypes = LEVEL_DTYPES if scale_bits == 16 else (torch.int8,)
+    shapes: dict[str, tuple[tuple[int, ...], Dtypes]] = {}
+    for p in precisions:
+        shapes[f"scales_{p}"] = (p, out_features, groups), dtypes
+        if not symmetric:
+            shapes[f"offsets_{p}"] = (out_features, groups), dtypes
+        if scale_bits == 8:
+            shapes[f"scale_steps_{p}"] = (p, out_features, 1), LEVEL_DTYPES
+            if not symmetric:
+                shapes[f"offset_steps_{p}"] = (out_features, 1), LEVEL_DTYPES
+    return shapes
+
+
+def dtype_names(dtypes: Dtypes) -> str:
+    """Return dtypes as a sentence lists them: float16, bfloat16 or float32."""
+    *most, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def _check_level(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtypes: Dtypes) -> None:
     if tuple(tensor.shape) != shape:
         raise AnybitsError(f"{name} has shape {list(tensor.shape)} where {list(shape)} is needed")
-    if tensor.dtype not in LEVEL_DTYPES:
-        raise AnybitsError(f"{name} has dtype {tensor.dtype} where float16, bfloat16 or float32 is needed")
+    if tensor.dtype not in dtypes:
+        raise AnybitsError(f"{name} has dtype {tensor.dtype} where {dtype_names(dtypes)} is needed")
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,18 +303,19 @@ def check_precision(precision: int, stored: tuple[int, ...]) -> None:
 
 def from_tensors(tensors: Mapping[str, torch.Tensor], in_features: int, group_size: int | None) -> PlaneWeight:
     """Rebuild a PlaneWeight from `PlaneWeight.tensors()`; `group_size` is None for codebook levels."""
-    by_kind: dict[str, dict[int, torch.Tensor]] = {"scales": {}, "offsets": {}, "centroids": {}}
+    by_kind: dict[str, dict[int, torch.Tensor]] = {kind: {} for kind in LEVEL_KINDS}
     for name, tensor in tensors.items():
         kind, _, precision = name.rpartition("_")
         if kind in by_kind and precision.isdigit():
             by_kind[kind][int(precision)] = tensor
         elif name != "planes":
-            raise AnybitsError(f"{name} names no stored tensor: planes, scales_p, offsets_p and centroids_p do")
+            known = ", ".join(f"{kind}_p" for kind in LEVEL_KINDS)
+            raise AnybitsError(f"{name} names no stored tensor: planes, {known} do")
     if "planes" not in tensors:
         raise AnybitsError("the stored weight has no planes")
     levels: Levels
     if group_size is None:
         levels = CodebookLevels(by_kind["centroids"])
     else:
-        levels = AffineLevels(group_size, by_kind["scales"], by_kind["offsets"] or None)
+        levels = AffineLevels(group_size, by_kind["scales"], *(by_kind[kind] or None for kind in AFFINE_KINDS[1:]))
     return PlaneWeight(tensors["planes"], in_features, levels)

@@ -58,6 +58,26 @@ struct Weight {
     }
 };
 
+// Levels of precision p in 8 bits: counts of every row's steps, in buffers of exactly their size.
+void make_in_steps(Weight *w, int p) {
+    const int64_t n = w->shape.out_features, groups = w->groups();
+    const int entries = p + (w->shape.has_offsets ? 1 : 0);
+    std::vector<int8_t> counts(static_cast<size_t>(entries * n * groups));
+    std::vector<float> steps(static_cast<size_t>(entries * n));
+    for (int8_t &count : counts) count = static_cast<int8_t>(random_bits());
+    for (float &step : steps) step = random_float() / 128;
+    for (int64_t i = 0; i < entries * n * groups; i++) {
+        std::vector<float> &to = (i < p * n * groups ? w->scales : w->offsets)[static_cast<size_t>(p)];
+        to.push_back(counts[static_cast<size_t>(i)] * steps[static_cast<size_t>(i / groups)]);
+    }
+    const int8_t *offsets = w->shape.has_offsets ? counts.data() + p * n * groups : nullptr;
+    const float *last = w->shape.has_offsets ? steps.data() + p * n : nullptr;
+    expect(ab_blob_levels(w->blob, w->bytes, p, counts.data(), offsets) == AB_OK, "counts", w->shape, p, 0);
+    expect(ab_blob_steps(w->blob, w->bytes, p, steps.data(), last) == AB_OK, "steps", w->shape, p, 0);
+    expect(ab_blob_steps(w->blob, w->bytes, p, nullptr, last) == AB_BAD_SHAPE, "none", w->shape, p, 0);
+    expect(ab_blob_steps(w->blob, w->bytes, 9, steps.data(), last) == AB_BAD_PRECISION, "precision", w->shape, p, 0);
+}
+
 Weight make(const ab_shape &shape) {
     Weight w{shape, {}, {}, {}, nullptr, 0};
     w.words.resize(static_cast<size_t>(shape.planes * shape.out_features * w.width()));
@@ -71,6 +91,10 @@ Weight make(const ab_shape &shape) {
     w.scales.resize(9), w.offsets.resize(9);
     for (int p = 1; p <= shape.planes; p++) {
         const int64_t count = shape.levels == AB_CODEBOOK ? shape.out_features << p : p * shape.out_features * w.groups();
+        if (shape.level_dtype == AB_I8) {
+            make_in_steps(&w, p);
+            continue;
+        }
         for (int64_t i = 0; i < count; i++) w.scales[static_cast<size_t>(p)].push_back(random_float());
         for (int64_t i = 0; i < shape.out_features * w.groups(); i++) w.offsets[static_cast<size_t>(p)].push_back(random_float());
         const float *offsets = shape.has_offsets ? w.offsets[static_cast<size_t>(p)].data() : nullptr;
@@ -185,12 +209,15 @@ int main() {
         if (!ab_isa_usable(isa)) continue;
         ran++;
         for (const auto &s : shapes) {
-            for (int offsets = 0; offsets < 2; offsets++) check_shape({isa, AB_AFFINE, AB_F32, offsets, s[0], s[1], s[2], 8, 0x1fe});
+            for (int offsets = 0; offsets < 2; offsets++)
+                for (int dtype : {AB_F32, AB_I8}) check_shape({isa, AB_AFFINE, dtype, offsets, s[0], s[1], s[2], 8, 0x1fe});
             check_shape({isa, AB_CODEBOOK, AB_F32, 0, s[0], s[1], s[1], 8, 0x1fe});
         }
     }
     const ab_shape wrong = {AB_PORTABLE, AB_AFFINE, AB_F32, 0, 8, 64, 33, 2, 0x4};
     if (ab_blob_bytes(&wrong) != -AB_BAD_SHAPE) failures++;
+    const ab_shape codebook = {AB_PORTABLE, AB_CODEBOOK, AB_I8, 0, 8, 64, 64, 2, 0x4};
+    if (ab_blob_bytes(&codebook) != -AB_BAD_DTYPE) failures++;
     printf("%d instruction sets, %d failures\n", ran, failures);
     return failures != 0;
 }

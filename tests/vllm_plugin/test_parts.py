@@ -220,8 +220,9 @@ def test_engines_that_shift_rows_are_refused():
 
 
 @pytest.mark.parametrize("group_size", [None, 32, 64, -1])
-def test_a_shard_has_the_columns_and_rows_of_the_whole(group_size):
-    whole = random_weight(24, 256, (2, 3), group_size)
+@pytest.mark.parametrize("scale_bits", [8, 16])
+def test_a_shard_has_the_columns_and_rows_of_the_whole(group_size, scale_bits):
+    whole = random_weight(24, 256, (2, 3), group_size, scale_bits=scale_bits)
     rows = torch.randperm(24)[:10]
     shard = select_columns(select_rows(whole, rows), 64, 192)
     for p in (2, 3):

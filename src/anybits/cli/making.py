@@ -18,6 +18,9 @@ def quantize(
     precisions: Annotated[str, typer.Option(help="Precisions to store: a range 2-4 or a list 2,3,4.")] = "2-4",
     group_size: Annotated[int, typer.Option(help="Columns that share scales: multiple of 32, or -1 (row).")] = 128,
     symmetric: Annotated[bool, typer.Option("--symmetric", help="Store no offsets (anybcq).")] = False,
+    scale_bits: Annotated[
+        int, typer.Option(help="Bits of a scale or offset (anybcq): 16, or 8 in steps of its row: smaller and faster.")
+    ] = 16,
     preset: Annotated[
         str, typer.Option(help="fast: no text. default: calibrated. best: also block reconstruction (slow).")
     ] = "default",
@@ -57,6 +60,7 @@ def quantize(
         steps=steps,
         seed=seed,
         quantize_lm_head=quantize_lm_head,
+        scale_bits=scale_bits,
     )
     if dry_run:
         console.print(estimate_table(model, out, estimate_model(model, recipe)))

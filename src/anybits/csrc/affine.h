@@ -130,6 +130,14 @@ struct Chunk {
     float *y[MC];  // [tile_rows] partial results
 };
 
+// Lanes of the f-th vector of an entry's levels; those in 8 bits times their steps, which other levels have none of.
+template <class I, int DTYPE>
+inline typename I::F level_in_steps(const uint8_t *level, const float *steps, int f) {
+    const typename I::F value = I::template level<DTYPE>(level, f);
+    if constexpr (DTYPE == AB_I8) return I::fma(value, I::load(steps + f * I::LANES), I::zero());
+    return value;
+}
+
 // Blocks first ... last - 1 of one tile for MC rows of x at one precision. STEPS is the steps of a block when
 // that is known, so that its tables can stay in registers from plane to plane; 0 otherwise.
 template <class I, int MC, bool WIDE, int DTYPE, int STEPS>
@@ -138,9 +146,10 @@ void affine_tile(const Header *h, int precision, int64_t tile, int64_t first, in
     using F = typename I::F;
     constexpr int FV = I::TILE / I::LANES;
     constexpr int TABLE = WIDE ? WIDE_TABLE : FAST_TABLE;
-    const int64_t level_bytes = I::TILE * (DTYPE == AB_F32 ? 4 : 2), entries = affine_entries(h->shape, precision);
+    const int64_t level_bytes = I::TILE * level_size(DTYPE), entries = affine_entries(h->shape, precision);
     const int64_t block_steps = h->block_columns / STEP, step_bytes = I::TILE * 4;
     const uint8_t *planes = plane_at(h, 0, tile), *levels = affine_levels_at(h, precision, tile);
+    const float *steps_of_rows = affine_steps_at(h, precision, tile);
     F y[MC][FV];
     for (int m = 0; m < MC; m++)
         for (int f = 0; f < FV; f++) y[m][f] = I::load(chunk.y[m] + f * I::LANES);
@@ -161,7 +170,7 @@ void affine_tile(const Header *h, int precision, int64_t tile, int64_t first, in
             F sums[MC][FV];
             I::template lookup<MC, WIDE, STEPS>(at, steps, tables, sums);
             for (int f = 0; f < FV; f++) {
-                const F scale = I::template level<DTYPE>(level, f);
+                const F scale = level_in_steps<I, DTYPE>(level, steps_of_rows + b * I::TILE, f);
                 for (int m = 0; m < MC; m++) z[m][f] = I::fma(scale, sums[m][f], z[m][f]);
             }
         }
@@ -169,7 +178,7 @@ void affine_tile(const Header *h, int precision, int64_t tile, int64_t first, in
             for (int f = 0; f < FV; f++) y[m][f] = I::fma(z[m][f], I::set1(chunk.scales[m][block]), y[m][f]);
         if (!h->shape.has_offsets) continue;
         for (int f = 0; f < FV; f++) {
-            const F offset = I::template level<DTYPE>(level, f);
+            const F offset = level_in_steps<I, DTYPE>(level, steps_of_rows + precision * I::TILE, f);
             for (int m = 0; m < MC; m++) y[m][f] = I::fma(offset, I::set1(chunk.sums[m][block]), y[m][f]);
         }
     }
@@ -273,6 +282,7 @@ void affine_by_dtype(const Call &c, int64_t first, int64_t last, float *scratch)
     switch (c.weight->shape.level_dtype) {
         case AB_F16: return affine_multiply<I, WIDE, AB_F16>(c, first, last, scratch);
         case AB_BF16: return affine_multiply<I, WIDE, AB_BF16>(c, first, last, scratch);
+        case AB_I8: return affine_multiply<I, WIDE, AB_I8>(c, first, last, scratch);
         default: return affine_multiply<I, WIDE, AB_F32>(c, first, last, scratch);
     }
 }

@@ -135,11 +135,11 @@ AB_GROUP_SUMS(last_group_sums, 5, 6, 7)
 // A block's sums meet the scales of precision P, for lanes from ... to - 1 of a group: the same operations in the same
 // order as affine_tile has.
 template <int P>
-void combine_sums(const Header *h, const uint8_t *levels, const Group &group, const int32_t *sums, int from, int to,
-                  const float *scales, const float *x_sums, float *y) {
+void combine_sums(const Header *h, const uint8_t *levels, const float *steps, const Group &group, const int32_t *sums,
+                  int from, int to, const float *scales, const float *x_sums, float *y) {
     Floats level[P], offset = Avx512::zero();
-    for (int b = 0; b < P; b++) level[b] = Avx512::any_level(h, levels, b);
-    if (h->shape.has_offsets) offset = Avx512::any_level(h, levels, P);
+    for (int b = 0; b < P; b++) level[b] = Avx512::any_level(h, levels, steps, b);
+    if (h->shape.has_offsets) offset = Avx512::any_level(h, levels, steps, P);
     for (int m = from; m < to; m++) {
         Floats z = Avx512::zero();
         for (int b = 0; b < P; b++) {
@@ -161,8 +161,8 @@ struct alignas(64) AffineBuffers {
 };
 
 inline void combine_group(const Call &c, const Group &group, int64_t tile, int64_t block, const int32_t *sums, float *y) {
-    void (*const by_precision[])(const Header *, const uint8_t *, const Group &, const int32_t *, int, int, const float *,
-                                 const float *, float *) = {
+    void (*const by_precision[])(const Header *, const uint8_t *, const float *, const Group &, const int32_t *, int, int,
+                                 const float *, const float *, float *) = {
         combine_sums<1>, combine_sums<2>, combine_sums<3>, combine_sums<4>,
         combine_sums<5>, combine_sums<6>, combine_sums<7>, combine_sums<8>};
     const Header *h = c.weight;
@@ -174,7 +174,7 @@ inline void combine_group(const Call &c, const Group &group, int64_t tile, int64
         if (from >= to) continue;
         const int64_t entries = affine_entries(h->shape, s.precision) * h->tile_rows * level_size(h->shape.level_dtype);
         const uint8_t *levels = affine_levels_at(h, s.precision, tile) + block / h->blocks_per_group * entries;
-        by_precision[s.precision - 1](h, levels, group, sums, from, to, scales, x_sums, y + group.first * 16);
+        by_precision[s.precision - 1](h, levels, affine_steps_at(h, s.precision, tile), group, sums, from, to, scales, x_sums, y + group.first * 16);
     }
 }
 

@@ -13,7 +13,7 @@ extern "C" {
 #endif
 
 enum { AB_MAX_PLANES = 8, AB_MAX_ROWS = 64 };
-enum ab_dtype { AB_F32 = 0, AB_BF16 = 1, AB_F16 = 2 };
+enum ab_dtype { AB_F32 = 0, AB_BF16 = 1, AB_F16 = 2, AB_I8 = 3 };  // AB_I8: affine levels only
 enum ab_levels { AB_AFFINE = 0, AB_CODEBOOK = 1 };
 enum ab_isa { AB_PORTABLE = 0, AB_AVX2 = 1, AB_AVX512 = 2, AB_NEON = 3, AB_AMX = 4, AB_ISA_COUNT = 5 };
 
@@ -52,6 +52,10 @@ int ab_blob_plane(void *blob, int64_t blob_bytes, int plane, const int32_t *word
 // Repack the levels of `precision`. Affine: scales [p, N, G] and offsets [N, G] (NULL when symmetric) in
 // level_dtype. Codebook: float32 centroids [N, 2**p] as `scales`, NULL as `offsets`.
 int ab_blob_levels(void *blob, int64_t blob_bytes, int precision, const void *scales, const void *offsets);
+
+// What the levels of `precision` in AB_I8 are multiplied by, float32: scale_steps [p, N] and offset_steps [N] (NULL when
+// symmetric).
+int ab_blob_steps(void *blob, int64_t blob_bytes, int precision, const float *scale_steps, const float *offset_steps);
 
 // y [M, N] = x [M, K] * W_p^T; 1 <= M <= 64; rows of x are x_stride elements apart, y is contiguous.
 // row_precisions: NULL, or int32 [M] that overrides `precision` per row. fast: int8 instead of int16 tables.

@@ -26,6 +26,8 @@ struct Avx512 {
     template <int DTYPE>
     static F level(const uint8_t *p, int f) {
         if constexpr (DTYPE == AB_F32) return _mm512_loadu_ps(reinterpret_cast<const float *>(p) + f * 16);
+        if constexpr (DTYPE == AB_I8)
+            return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p) + f)));
         const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p) + f);
         if constexpr (DTYPE == AB_F16) return _mm512_cvtph_ps(h);
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
@@ -74,8 +76,9 @@ struct Avx512 {
         for (int m = 0; m < MC; m++) sums[m][0] = _mm512_cvtepi32_ps(_mm512_add_epi32(acc[m][0], acc[m][1]));
     }
 
-    static F any_level(const Header *h, const uint8_t *p, int64_t entry) {
+    static F any_level(const Header *h, const uint8_t *p, const float *steps, int64_t entry) {
         const uint8_t *at = p + entry * TILE * level_size(h->shape.level_dtype);
+        if (h->shape.level_dtype == AB_I8) return level_in_steps<Avx512, AB_I8>(at, steps + entry * TILE, 0);
         if (h->shape.level_dtype == AB_F16) return level<AB_F16>(at, 0);
         return h->shape.level_dtype == AB_BF16 ? level<AB_BF16>(at, 0) : level<AB_F32>(at, 0);
     }

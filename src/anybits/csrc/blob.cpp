@@ -19,7 +19,7 @@ int64_t aligned(int64_t bytes) { return ceil_div(bytes, LINE) * LINE; }
 int check_shape(const ab_shape &s) {
     if (!ab_tile_rows(s.isa)) return AB_BAD_ISA;
     if (s.levels != AB_AFFINE && s.levels != AB_CODEBOOK) return AB_BAD_SHAPE;
-    if (s.level_dtype < AB_F32 || s.level_dtype > AB_F16) return AB_BAD_DTYPE;
+    if (s.level_dtype < AB_F32 || s.level_dtype > (s.levels == AB_AFFINE ? AB_I8 : AB_F16)) return AB_BAD_DTYPE;
     if (s.out_features < 1 || s.out_features > MAX_FEATURES) return AB_BAD_SHAPE;
     if (s.in_features < 1 || s.in_features > MAX_FEATURES) return AB_BAD_SHAPE;
     if (s.planes < 1 || s.planes > AB_MAX_PLANES) return AB_BAD_SHAPE;
@@ -59,7 +59,9 @@ void lay_out(const ab_shape &s, Header *h) {
         if (!(s.precisions >> p & 1)) continue;
         h->levels_at[p] = at;
         if (s.levels == AB_AFFINE) {
-            at += aligned(h->tiles * h->groups * affine_entries(s, p) * h->tile_rows * level_size(s.level_dtype));
+            const int64_t a_group = h->tiles * affine_entries(s, p) * h->tile_rows;
+            at += aligned(h->groups * a_group * level_size(s.level_dtype));
+            if (s.level_dtype == AB_I8) h->row_scales_at[p] = at, at += aligned(a_group * 4);
         } else {
             at += aligned((s.out_features << p) * 2);
             h->row_scales_at[p] = at;
@@ -203,9 +205,30 @@ extern "C" int ab_blob_levels(void *blob, int64_t blob_bytes, int precision, con
         if (h->shape.level_dtype == AB_F32)
             pack_affine_levels(h, precision, static_cast<const float *>(scales), static_cast<const float *>(offsets), t,
                                reinterpret_cast<float *>(out) + t * tile_entries);
+        else if (h->shape.level_dtype == AB_I8)
+            pack_affine_levels(h, precision, static_cast<const int8_t *>(scales), static_cast<const int8_t *>(offsets), t,
+                               reinterpret_cast<int8_t *>(out) + t * tile_entries);
         else
             pack_affine_levels(h, precision, static_cast<const uint16_t *>(scales), static_cast<const uint16_t *>(offsets),
                                t, reinterpret_cast<uint16_t *>(out) + t * tile_entries);
     }
+    return AB_OK;
+}
+
+extern "C" int ab_blob_steps(void *blob, int64_t blob_bytes, int precision, const float *scale_steps,
+                             const float *offset_steps) {
+    const int status = blob_check(blob, blob_bytes);
+    if (status != AB_OK) return status;
+    const Header *h = header_of(blob);
+    if (!stored(h, precision)) return AB_BAD_PRECISION;
+    if (h->shape.level_dtype != AB_I8) return AB_BAD_DTYPE;
+    if (!scale_steps || (h->shape.has_offsets != 0) != (offset_steps != nullptr)) return AB_BAD_SHAPE;
+    const int64_t n = h->shape.out_features, rows = h->tile_rows;
+    float *out = reinterpret_cast<float *>(static_cast<char *>(blob) + h->row_scales_at[precision]);
+    for (int64_t first = 0; first < h->tiles * rows; first += rows)
+        for (int64_t e = 0; e < affine_entries(h->shape, precision); e++, out += rows) {
+            const float *from = e < precision ? scale_steps + e * n : offset_steps;
+            for (int64_t r = 0; r < rows; r++) out[r] = first + r < n ? from[first + r] : 0;
+        }
     return AB_OK;
 }

@@ -12,7 +12,7 @@ struct Header {
     int64_t total;
     int64_t planes_at, plane_stride;
     int64_t levels_at[AB_MAX_PLANES + 1];
-    int64_t row_scales_at[AB_MAX_PLANES + 1];  // codebook only
+    int64_t row_scales_at[AB_MAX_PLANES + 1];  // codebook, and the steps of affine levels in 8 bits
     int64_t tile_rows;
     int64_t tiles;          // affine: row tiles; codebook: rows
     int64_t tile_bytes;     // one tile (affine) or row (codebook) of one plane
@@ -38,7 +38,7 @@ inline const Header *header_of(const void *blob) { return static_cast<const Head
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-inline int64_t level_size(int32_t dtype) { return dtype == AB_F32 ? 4 : 2; }
+constexpr int64_t level_size(int32_t dtype) { return dtype == AB_F32 ? 4 : dtype == AB_I8 ? 1 : 2; }
 
 inline bool stored(const Header *h, int precision) {
     return precision >= 1 && precision <= h->shape.planes && (h->shape.precisions >> precision & 1);
@@ -55,6 +55,13 @@ inline const uint8_t *affine_levels_at(const Header *h, int precision, int64_t t
     const int64_t size = h->tile_rows * level_size(h->shape.level_dtype);
     return reinterpret_cast<const uint8_t *>(h) + h->levels_at[precision] +
            tile * h->groups * affine_entries(h->shape, precision) * size;
+}
+
+// What levels in 8 bits are multiplied by: [tile][p scales, then the offset if there is one][tile_rows]; nullptr for others.
+inline const float *affine_steps_at(const Header *h, int precision, int64_t tile) {
+    if (h->shape.level_dtype != AB_I8) return nullptr;
+    const char *base = reinterpret_cast<const char *>(h) + h->row_scales_at[precision];
+    return reinterpret_cast<const float *>(base) + tile * affine_entries(h->shape, precision) * h->tile_rows;
 }
 
 inline const int16_t *centroids_at(const Header *h, int precision, int64_t row) {

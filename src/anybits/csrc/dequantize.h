@@ -9,6 +9,7 @@ namespace {
 template <int DTYPE>
 inline float level_value(const uint8_t *levels, int64_t i) {
     if (DTYPE == AB_F32) return reinterpret_cast<const float *>(levels)[i];
+    if (DTYPE == AB_I8) return static_cast<float>(reinterpret_cast<const int8_t *>(levels)[i]);
     const uint16_t value = reinterpret_cast<const uint16_t *>(levels)[i];
     return DTYPE == AB_BF16 ? bf16_to_float(value) : f16_to_float(value);
 }
@@ -64,6 +65,7 @@ void dequantize_affine_tile(const Header *h, int precision, int64_t tile, int64_
                             int64_t column, int64_t stride) {
     const int64_t entries = affine_entries(h->shape, precision), step_bytes = I::TILE * 4;
     const uint8_t *levels = affine_levels_at(h, precision, tile);
+    const float *steps = affine_steps_at(h, precision, tile);
     alignas(64) float scales[AB_MAX_PLANES][I::TILE], offsets[I::TILE];
     alignas(64) uint32_t words[AB_MAX_PLANES][I::TILE];
     void (*const step_of[])(const uint32_t (*)[I::TILE], const float (*)[I::TILE], const float *, int64_t, int64_t, int,
@@ -75,10 +77,13 @@ void dequantize_affine_tile(const Header *h, int precision, int64_t tile, int64_
         const int64_t k = step * STEP, group = k / h->shape.group_columns;
         if (group != ready) {
             const int64_t first = group * entries * I::TILE;
+            const auto value = [&](int64_t i) {
+                const float level = level_value<DTYPE>(levels, first + i);
+                return DTYPE == AB_I8 ? level * steps[i] : level;
+            };
             for (int b = 0; b < precision; b++)
-                for (int r = 0; r < I::TILE; r++) scales[b][r] = level_value<DTYPE>(levels, first + b * I::TILE + r);
-            for (int r = 0; r < I::TILE; r++)
-                offsets[r] = h->shape.has_offsets ? level_value<DTYPE>(levels, first + precision * I::TILE + r) : 0;
+                for (int r = 0; r < I::TILE; r++) scales[b][r] = value(b * I::TILE + r);
+            for (int r = 0; r < I::TILE; r++) offsets[r] = h->shape.has_offsets ? value(precision * I::TILE + r) : 0;
             ready = group;
         }
         for (int b = 0; b < precision; b++) step_words<I>(plane_at(h, b, tile) + step * step_bytes, words[b]);
@@ -142,6 +147,7 @@ void dequantize_rows(const Header *h, int precision, int64_t first, int64_t coun
         switch (h->shape.level_dtype) {
             case AB_F16: dequantize_affine_tile<I, AB_F16>(h, precision, tile, rows, dtype, out, column, planned); break;
             case AB_BF16: dequantize_affine_tile<I, AB_BF16>(h, precision, tile, rows, dtype, out, column, planned); break;
+            case AB_I8: dequantize_affine_tile<I, AB_I8>(h, precision, tile, rows, dtype, out, column, planned); break;
             default: dequantize_affine_tile<I, AB_F32>(h, precision, tile, rows, dtype, out, column, planned);
         }
     }

@@ -29,6 +29,8 @@ struct Avx2 {
     template <int DTYPE>
     static F level(const uint8_t *p, int f) {
         if constexpr (DTYPE == AB_F32) return _mm256_loadu_ps(reinterpret_cast<const float *>(p) + f * 8);
+        if constexpr (DTYPE == AB_I8)
+            return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(p + f * 8))));
         const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i *>(p) + f);
         if constexpr (DTYPE == AB_F16) return _mm256_cvtph_ps(h);
         return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));

@@ -27,6 +27,12 @@ struct Neon {
     template <int DTYPE>
     static F level(const uint8_t *p, int f) {
         if constexpr (DTYPE == AB_F32) return vld1q_f32(reinterpret_cast<const float *>(p) + f * 4);
+        if constexpr (DTYPE == AB_I8) {
+            int32_t four;
+            memcpy(&four, p + f * 4, 4);
+            const int16x8_t wide = vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four)));
+            return vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide)));
+        }
         const uint16_t *h = reinterpret_cast<const uint16_t *>(p) + f * 4;
         if constexpr (DTYPE == AB_F16) return halves(h);
         return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(h), 16));

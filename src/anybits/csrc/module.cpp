@@ -69,6 +69,17 @@ PyObject *blob_levels(PyObject *, PyObject *const *args, Py_ssize_t given) {
     return PyLong_FromLong(status);
 }
 
+PyObject *blob_steps(PyObject *, PyObject *const *args, Py_ssize_t given) {
+    long long v[5];
+    if (!integers(args, given, 5, v)) return nullptr;
+    int status;
+    Py_BEGIN_ALLOW_THREADS;
+    status = ab_blob_steps(pointer<void>(v[0]), v[1], static_cast<int>(v[2]), pointer<const float>(v[3]),
+                           pointer<const float>(v[4]));
+    Py_END_ALLOW_THREADS;
+    return PyLong_FromLong(status);
+}
+
 PyObject *matmul(PyObject *, PyObject *const *args, Py_ssize_t given) {
     long long v[12];
     if (!integers(args, given, 12, v)) return nullptr;
@@ -132,6 +143,7 @@ PyMethodDef methods[] = {
     FAST(blob_begin, "Write the header of a blob."),
     FAST(blob_plane, "Repack one plane."),
     FAST(blob_levels, "Repack the levels of one precision."),
+    FAST(blob_steps, "Repack the steps of one precision's levels in 8 bits."),
     FAST(matmul, "y = x @ W_p.T; returns a status."),
     FAST(dequantize, "Write rows of W_p; returns a status."),
     FAST(read_seconds, "Seconds of one reading pass over memory."),

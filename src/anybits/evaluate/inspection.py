@@ -11,6 +11,7 @@ from anybits.bits import WORD
 from anybits.checkpoint import CheckpointReader, checkpoint_files, read_stored_config
 from anybits.config import StoredConfig
 from anybits.quantize.allocation import effective_bits, total_bytes
+from anybits.weight import LEVEL_KINDS
 
 
 def inspect_checkpoint(folder: str) -> dict[str, Any]:
@@ -21,7 +22,7 @@ def inspect_checkpoint(folder: str) -> dict[str, Any]:
     stored.check_modules(reader.modules())
     kinds: Counter[str] = Counter()
     for name in reader.names():
-        kind = re.search(r"\.(planes|scales_\d|offsets_\d|centroids_\d)$", name)
+        kind = re.search(rf"\.(planes|({'|'.join(LEVEL_KINDS)})_\d)$", name)
         kinds[kind.group(1) if kind else "not quantized"] += reader.stored_bytes(name)
     padded = sum(WORD * _weights(reader.shape(f"{m}.planes")) for m in reader.modules())
     sizes = module_bytes(reader)
@@ -35,6 +36,7 @@ def inspect_checkpoint(folder: str) -> dict[str, Any]:
         "format_version": stored.format_version,
         "group_size": stored.group_size,
         "symmetric": stored.symmetric,
+        "scale_bits": stored.scale_bits if stored.group_size is not None else None,
         "precisions": rows,
         "profiles": _profiles(stored, sizes, padded),
         "quantized_modules": len(reader.modules()),
@@ -52,7 +54,7 @@ def module_bytes(reader: CheckpointReader) -> dict[str, dict[int, int]]:
         plane = reader.stored_bytes(f"{module}.planes") // stored.precisions[-1]
         sizes[module] = {}
         for p in stored.precisions:
-            levels = known & {f"{module}.{kind}_{p}" for kind in ("scales", "offsets", "centroids")}
+            levels = known & {f"{module}.{kind}_{p}" for kind in LEVEL_KINDS}
             sizes[module][p] = p * plane + sum(map(reader.stored_bytes, levels))
     return sizes
 

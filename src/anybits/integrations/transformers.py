@@ -39,7 +39,7 @@ from anybits.integrations.swapping import (
 )
 from anybits.precision import FIRST_PROFILE, ModelPrecision, Precision
 from anybits.precision import precision as scoped
-from anybits.weight import PlaneWeight
+from anybits.weight import LEVEL_KINDS, PlaneWeight
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -107,7 +107,7 @@ class AnybitsQuantizer(HfQuantizer):
             raise AnybitsError(
                 f"{stray[0]} is stored as planes but config.json does not name it: the files belong to another model"
             )
-        ours = {r"\.(planes|scales_\d|offsets_\d|centroids_\d)$"}  # read by `reader`, not by transformers
+        ours = {rf"\.(planes|({'|'.join(LEVEL_KINDS)})_\d)$"}  # read by `reader`, not by transformers
         model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | ours
         return model
 

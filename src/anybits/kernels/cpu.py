@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,12 +17,13 @@ import torch
 from anybits.errors import AnybitsError
 from anybits.kernels import reference as _reference  # noqa: F401  (registered first: the last resort)
 from anybits.kernels.backend import register
-from anybits.weight import AffineLevels, PlaneWeight, check_precision, group_columns
+from anybits.weight import AffineLevels, Levels, PlaneWeight, check_precision, group_columns
 
 ISAS = ("portable", "avx2", "avx512", "neon", "amx")
 """Instruction sets by the number that csrc/anybits.h gives them."""
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_LEVEL_DTYPES = _DTYPES | {torch.int8: 3}
 _AFFINE, _CODEBOOK = 0, 1
 _HUGE_PAGE = 2 << 20
 
@@ -124,11 +126,11 @@ class CpuBackend:
         packer, isa = _loaded(), self._isa_number()
         levels = weight.levels
         scaled = levels if isinstance(levels, AffineLevels) else None
-        dtype = _common_dtype(weight)
+        dtype = _common_dtype(levels)
         shape = (
             isa,
             _CODEBOOK if scaled is None else _AFFINE,
-            _DTYPES[dtype],
+            _LEVEL_DTYPES[dtype],
             int(scaled is not None and scaled.offsets is not None),
             weight.out_features,
             weight.in_features,
@@ -146,9 +148,11 @@ class CpuBackend:
             plane = weight.planes[i].contiguous()
             _check(packer.blob_plane(*at, i, plane.data_ptr(), torch.get_num_threads()))
         for p in weight.precisions:
-            tensors = [t.to(dtype).contiguous() for t in levels.tensors(p).values()]
-            offsets = tensors[1].data_ptr() if len(tensors) > 1 else None
-            _check(packer.blob_levels(*at, p, tensors[0].data_ptr(), offsets))
+            tensors = list(levels.tensors(p).values())
+            count = 1 if scaled is None or scaled.offsets is None else 2
+            _pack(packer.blob_levels, at, p, tensors[:count], dtype)
+            if tensors[count:]:
+                _pack(packer.blob_steps, at, p, tensors[count:], torch.float32)
         return PackedWeight(blob, weight.out_features, weight.in_features, weight.precisions)
 
     def matmul(self, x: torch.Tensor, prepared: PackedWeight, precision: int | torch.Tensor) -> torch.Tensor:
@@ -180,12 +184,20 @@ def _fast_by_environment() -> bool:
     return os.environ.get("ANYBITS_CPU_FAST", "0") not in ("", "0")
 
 
-def _common_dtype(weight: PlaneWeight) -> torch.dtype:
+def _common_dtype(levels: Levels) -> torch.dtype:
     """Return the dtype that all levels are kept in: their own when they agree, else float32."""
-    if not isinstance(weight.levels, AffineLevels):
+    if not isinstance(levels, AffineLevels):
         return torch.float32
-    dtypes = {t.dtype for p in weight.precisions for t in weight.levels.tensors(p).values()}
+    dtypes = {t.dtype for kind in (levels.scales, levels.offsets or {}) for t in kind.values()}
     return dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+
+def _pack(
+    pack: Callable[..., int], at: tuple[int, int], precision: int, tensors: Sequence[torch.Tensor], dtype: torch.dtype
+) -> None:
+    """Hand one or two tensors, those of scales and those of offsets where there are any, to the library as `dtype`."""
+    plain = [t.to(dtype).contiguous() for t in tensors]
+    _check(pack(*at, precision, plain[0].data_ptr(), plain[1].data_ptr() if len(plain) > 1 else None))
 
 
 def allocate(size: int) -> torch.Tensor:

@@ -15,7 +15,7 @@ import torch
 from anybits import bits
 from anybits.config import check_group_size, check_precisions
 from anybits.errors import AnybitsError
-from anybits.quantize import linalg
+from anybits.quantize import linalg, steps
 from anybits.quantize.anyprecision import check_weight
 from anybits.quantize.linalg import least_squares as least_squares
 from anybits.weight import AffineLevels, PlaneWeight, group_columns, group_count
@@ -348,13 +348,15 @@ def quantize_matrix(
     group_size: int,
     symmetric: bool,
     rounds: int = 20,
+    scale_bits: int = 16,
     level_dtype: torch.dtype = torch.float16,
 ) -> PlaneWeight:
     """Quantize one matrix to scaled sign planes shared by all precisions, from the weights alone.
 
     weight: float `[N, K]`; group_size: columns that share scales, a multiple of 32 or -1 for a row, the last group
     of a row may be shorter. w ~ offset + sum_i scale_i b_i, the paper's model, with scales and offsets of their own
-    for each precision. The squared error of a group under its stored levels never rises with the precision.
+    for each precision. The squared error of a group under its levels in `level_dtype` never rises with the precision;
+    scale_bits 8 then rounds them to steps of their row (steps.in_steps), 16 leaves them.
     Raises AnybitsError for values that are not finite and levels beyond `level_dtype`.
     """
     check_precisions(precisions)
@@ -384,7 +386,7 @@ def quantize_matrix(
     if not all(bool(torch.isfinite(t).all()) for t in (*scales.values(), *offsets.values())):
         raise AnybitsError(f"the weights are too large for levels of {level_dtype}: choose a wider level dtype")
     levels = AffineLevels(group_size, scales, None if symmetric else offsets)
-    return PlaneWeight(bits.codes_to_planes(codes, precisions[-1]), columns, levels)
+    return steps.stored_in(PlaneWeight(bits.codes_to_planes(codes, precisions[-1]), columns, levels), scale_bits)
 
 
 def _fit_groups(

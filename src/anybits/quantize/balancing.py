@@ -40,10 +40,10 @@ def balance(weight: torch.Tensor, start: PlaneWeight, shares: tuple[float, ...],
     """Return `start` with codes and levels of least sum_p shares_p error_p / (start's error_p), group by group.
 
     weight: float `[N, K]`, what `start`, of affine levels, quantizes; shares: one for each of start's precisions;
-    rounds: of alternating codes and least squares. No group's sum rises.
+    rounds: of alternating codes and least squares. No group's sum rises. Levels in 8 bits become float16.
     """
-    levels = start.levels
-    assert isinstance(levels, AffineLevels)
+    assert isinstance(start.levels, AffineLevels)
+    levels = start.levels.expanded()
     rows, columns, top = start.out_features, start.in_features, start.max_precision
     size, groups = group_columns(levels.group_size, columns), group_count(levels.group_size, columns)
     codes = bits.planes_to_codes(start.planes, top, columns)

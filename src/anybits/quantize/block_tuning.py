@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 
 from anybits.config import Recipe
+from anybits.quantize import steps
 from anybits.quantize.blocks import BlockRunner
 from anybits.quantize.targets import Target
 from anybits.weight import AffineLevels, PlaneWeight
@@ -66,7 +67,8 @@ def tune(
 
 def _trainable(weight: PlaneWeight, precision: int) -> PlaneWeight:
     """Return a weight that holds `precision` only, its levels being float32 leaves."""
-    levels = weight.levels.map(lambda t: t.detach().float().clone().requires_grad_(True), keep=lambda p: p == precision)
+    plain = weight.levels.expanded() if isinstance(weight.levels, AffineLevels) else weight.levels
+    levels = plain.map(lambda t: t.detach().float().clone().requires_grad_(True), keep=lambda p: p == precision)
     return PlaneWeight(weight.planes[:precision], weight.in_features, levels)
 
 
@@ -74,13 +76,11 @@ def _frozen(tuned: PlaneWeight, weight: PlaneWeight, precision: int) -> PlaneWei
     """Return `weight` with the tuned levels of `precision` in their stored dtype."""
     if isinstance(weight.levels, AffineLevels):
         assert isinstance(tuned.levels, AffineLevels)
-        dtype = weight.levels.scales[precision].dtype
-        scales = dict(weight.levels.scales) | {precision: tuned.levels.scales[precision].detach().to(dtype)}
-        offsets = weight.levels.offsets
-        if offsets is not None:
-            assert tuned.levels.offsets is not None
-            offsets = dict(offsets) | {precision: tuned.levels.offsets[precision].detach().to(dtype)}
-        return replace(weight, levels=replace(weight.levels, scales=scales, offsets=offsets))
+        dtype = torch.float32 if weight.levels.scale_bits == 8 else weight.levels.scales[precision].dtype
+        found = tuned.levels.map(lambda t: t.detach().to(dtype), keep=lambda p: True)
+        if weight.levels.scale_bits == 8:
+            found = steps.in_steps(found)
+        return replace(weight, levels=weight.levels.replaced(found))
     assert not isinstance(tuned.levels, AffineLevels)
     dtype = weight.levels.centroids[precision].dtype
     centroids = dict(weight.levels.centroids) | {precision: tuned.levels.centroids[precision].detach().to(dtype)}

@@ -98,9 +98,10 @@ def _improve_rows(
     settings: DataAware,
 ) -> PlaneWeight:
     targets = stated.targets(weight.float()[:, columns.order])
-    before = _unpacked(start, columns, settings)
+    scale_bits = start.levels.scale_bits if isinstance(start.levels, AffineLevels) else 16
+    before = _unpacked(start, columns, settings, scale_bits)
     search = Search(start.precisions, settings.exhaustive, settings.beam)
-    state = _search(_unpacked(first, columns, settings), targets, stated, columns, search, settings)
+    state = _search(_unpacked(first, columns, settings, scale_bits), targets, stated, columns, search, settings)
     after = _finished(state)
     limit = _losses(before, targets, stated)
     worse = (_losses(after, targets, stated) > limit).any(0).nonzero()[:, 0]
@@ -180,11 +181,11 @@ def _finished(state: _State) -> _State:
     return _State(state.codes, family.levels(state.codes), family)
 
 
-def _unpacked(start: PlaneWeight, columns: Layout, settings: DataAware) -> _State:
+def _unpacked(start: PlaneWeight, columns: Layout, settings: DataAware, scale_bits: int) -> _State:
     codes = bits.planes_to_codes(start.planes, start.planes.shape[0], start.in_features)
     codes = codes >> (start.planes.shape[0] - start.max_precision)
     codes = codes[:, columns.order].T.contiguous()
-    family = families.family(start.levels, columns, settings.refit_sweeps, settings.codebook_iterations)
+    family = families.family(start.levels, columns, settings.refit_sweeps, settings.codebook_iterations, scale_bits)
     return _State(codes, family.levels(codes), family)
 
 
@@ -196,11 +197,7 @@ def _packed(state: _State, start: PlaneWeight, columns: Layout) -> PlaneWeight:
 def join_rows(parts: list[PlaneWeight]) -> PlaneWeight:
     """Return weights of the same kind, precisions and columns as one, their rows one after another."""
     tensors = [part.tensors() for part in parts]
-    # Scales are [p, N, G] and planes [P, N, words]; offsets and centroids have rows first.
-    joined = {
-        name: torch.cat([t[name] for t in tensors], dim=1 if name.startswith(("planes", "scales")) else 0)
-        for name in tensors[0]
-    }
+    joined = {name: torch.cat([t[name] for t in tensors], dim=-2) for name in tensors[0]}
     levels = parts[0].levels
     group_size = levels.group_size if isinstance(levels, AffineLevels) else None
     return from_tensors(joined, parts[0].in_features, group_size)

@@ -158,7 +158,9 @@ def _stored_bytes(target: Target, recipe: Recipe) -> int:
         if recipe.method == "any-precision":
             size += 2 * rows * 2**p
         else:
-            size += 2 * rows * group_count(recipe.group_size, columns) * (p + (not recipe.symmetric))
+            groups = group_count(recipe.group_size, columns)
+            a_row = 2 * groups if recipe.scale_bits == 16 else groups + 2  # with the step of a row
+            size += a_row * rows * (p + (not recipe.symmetric))
     return size
 
 
@@ -181,7 +183,8 @@ def _multiply_adds_a_second() -> float:
 def _data_free(weight: torch.Tensor, recipe: Recipe) -> PlaneWeight:
     if recipe.method == "any-precision":
         return anyprecision.quantize_matrix(weight, None, recipe.precisions)
-    return anybcq.quantize_matrix(weight, recipe.precisions, recipe.group_size, recipe.symmetric, recipe.rounds)
+    settings = recipe.precisions, recipe.group_size, recipe.symmetric, recipe.rounds, recipe.scale_bits
+    return anybcq.quantize_matrix(weight, *settings)
 
 
 def _data_free_seconds(block: list[Target], recipe: Recipe) -> float:

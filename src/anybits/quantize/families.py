@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from anybits.quantize import linalg, refit
+from anybits.quantize import linalg, refit, steps
 from anybits.quantize.hessian import Layout
 from anybits.weight import AffineLevels, CodebookLevels, Levels
 
@@ -67,10 +67,40 @@ class Family(ABC):
 
 @dataclass(frozen=True)
 class Affine(Family):
-    """Scales and offsets: parameters `[G, q, N]`, q = p scales, then the offset unless symmetric."""
+    """Scales and offsets: parameters `[G, q, N]`, q = p scales, then the offset unless symmetric.
+
+    steps: where the parameters are rounded to 8 bits, the rows' steps `[1, q, N]` that they were rounded to.
+    """
 
     group_size: int
     symmetric: bool
+    scale_bits: int = 16
+    steps: list[torch.Tensor] | None = None
+
+    def rounded(self) -> Family:
+        """Return the levels as they are stored: in the stored dtype, or in steps of their row."""
+        if self.scale_bits == 16:
+            return super().rounded()
+        found = [steps.step_of(c, 0) for c in self.parameters]
+        values = [steps.counts(c, step) * step for c, step in zip(self.parameters, found, strict=True)]
+        return replace(self, parameters=values, steps=found)
+
+    def copy(self) -> Family:
+        """Return levels that may change without changing these."""
+        own = None if self.steps is None else [s.clone() for s in self.steps]
+        return replace(self, parameters=[c.clone() for c in self.parameters], steps=own)
+
+    def rows(self, which: torch.Tensor) -> Family:
+        """Return the levels of the rows that int64 `which` numbers."""
+        own = None if self.steps is None else [s[..., which] for s in self.steps]
+        return replace(self, parameters=[c[..., which] for c in self.parameters], steps=own)
+
+    def replace_rows(self, which: torch.Tensor, other: Family) -> None:
+        """Put the levels of `other` in the rows that int64 `which` numbers."""
+        super().replace_rows(which, other)
+        assert isinstance(other, Affine)
+        for mine, theirs in zip(self.steps or [], other.steps or [], strict=True):
+            mine[..., which] = theirs
 
     def tables(self, group: int) -> list[torch.Tensor]:
         """Return for each precision the level of every code, `[2**p, N]`."""
@@ -83,12 +113,21 @@ class Affine(Family):
         refit.affine(errors, hessian, codes, self.parameters[i], p, top, self.columns.bounds, self.effort)
 
     def stored(self) -> AffineLevels:
-        """Return scales `[p, N, G]` and offsets `[N, G]`."""
+        """Return scales `[p, N, G]` and offsets `[N, G]`, in 8 bits with the steps that `rounded` found."""
         back = self.columns.groups.argsort()
-        plain = {p: c[back].permute(1, 2, 0) for p, c in zip(self.precisions, self.parameters, strict=True)}
-        scales = {p: c[:p].contiguous().to(self.dtype) for p, c in plain.items()}
-        offsets = None if self.symmetric else {p: c[p].contiguous().to(self.dtype) for p, c in plain.items()}
-        return AffineLevels(self.group_size, scales, offsets)
+        plain, dtype, sizes = self.parameters, self.dtype, None
+        if self.scale_bits == 8:
+            assert self.steps is not None, "levels are rounded before they are stored"
+            plain = [steps.counts(c, step) for c, step in zip(plain, self.steps, strict=True)]
+            dtype, sizes = torch.int8, self._split([s.half() for s in self.steps])
+        found = self._split([c[back].to(dtype) for c in plain])
+        return AffineLevels(self.group_size, *found, *(sizes or ()))
+
+    def _split(self, parameters: list[torch.Tensor]) -> tuple[dict[int, torch.Tensor], dict[int, torch.Tensor] | None]:
+        """Return `[G, q, N]` of each precision as what belongs to scales `[p, N, G]` and to offsets `[N, G]`."""
+        turned = {p: c.permute(1, 2, 0) for p, c in zip(self.precisions, parameters, strict=True)}
+        offsets = None if self.symmetric else {p: c[p].contiguous() for p, c in turned.items()}
+        return {p: c[:p].contiguous() for p, c in turned.items()}, offsets
 
 
 @dataclass(frozen=True)
@@ -110,15 +149,25 @@ class Codebook(Family):
         return CodebookLevels({p: c.T.contiguous().to(self.dtype) for p, c in pairs})
 
 
-def family(levels: Levels, columns: Layout, sweeps: int, iterations: int) -> Family:
-    """Return stored levels in the form of the passes."""
+def family(levels: Levels, columns: Layout, sweeps: int, iterations: int, scale_bits: int = 16) -> Family:
+    """Return stored levels in the form of the passes; scale_bits: how affine ones are stored again."""
     if isinstance(levels, CodebookLevels):
         centroids = [levels.centroids[p].float().T.contiguous() for p in levels.precisions]
         return Codebook(levels.precisions, centroids, columns, levels.centroids[levels.precisions[0]].dtype, iterations)
-    parameters = []
+    parameters, symmetric = [], levels.offsets is None
     for p in levels.precisions:
-        parts = [levels.scales[p]] if levels.offsets is None else [levels.scales[p], levels.offsets[p][None]]
-        parameters.append(torch.cat(parts).float().permute(2, 0, 1)[columns.groups].contiguous())
-    dtype = levels.scales[levels.precisions[0]].dtype
-    symmetric = levels.offsets is None
-    return Affine(levels.precisions, parameters, columns, dtype, sweeps, levels.group_size, symmetric)
+        scales, offsets = levels.values(p)
+        parameters.append(_joined(scales, offsets)[columns.groups].contiguous())
+    own = None
+    if levels.scale_steps is not None:
+        offset_steps = levels.offset_steps or {}
+        own = [_joined(levels.scale_steps[p].float(), offset_steps.get(p)) for p in levels.precisions]
+    dtype = torch.float16 if levels.scale_bits == 8 else levels.scales[levels.precisions[0]].dtype
+    settings = levels.group_size, symmetric, scale_bits, own
+    return Affine(levels.precisions, parameters, columns, dtype, sweeps, *settings)
+
+
+def _joined(scales: torch.Tensor, offsets: torch.Tensor | None) -> torch.Tensor:
+    """Return `[G, q, N]` from `[p, N, G]` and `[N, G]`."""
+    parts = scales if offsets is None else torch.cat([scales, offsets[None].float()])
+    return parts.permute(2, 0, 1)

@@ -52,7 +52,8 @@ def quantize_head(source: Source, target: Target, recipe: Recipe, moments: Momen
 def _data_free(weight: torch.Tensor, recipe: Recipe) -> PlaneWeight:
     if recipe.method == "any-precision":
         return anyprecision.quantize_matrix(weight, None, recipe.precisions)
-    return anybcq.quantize_matrix(weight, recipe.precisions, recipe.group_size, recipe.symmetric, recipe.rounds)
+    settings = recipe.precisions, recipe.group_size, recipe.symmetric, recipe.rounds, recipe.scale_bits
+    return anybcq.quantize_matrix(weight, *settings)
 
 
 @torch.no_grad()

@@ -89,6 +89,7 @@ def quantize(
         targets=target_patterns(model) + ((run.head.module,) if run.head else ()),
         group_size=recipe.group_size if recipe.method == "anybcq" else None,
         symmetric=recipe.symmetric if recipe.method == "anybcq" else None,
+        scale_bits=recipe.stored_scale_bits,
         recipe=recipe.to_dict() | _data_facts(calibration) | {"anybits_version": version},
     )
     if run.head:  # planes of its own in place of the embedding's matrix
@@ -248,7 +249,8 @@ class _Run:
         if recipe.method == "any-precision":
             flat = None if sensitivity is None else sensitivity.view(weight.shape)
             return anyprecision.quantize_matrix(weight, flat, recipe.precisions)
-        return anybcq.quantize_matrix(weight, recipe.precisions, recipe.group_size, recipe.symmetric, recipe.rounds)
+        settings = recipe.precisions, recipe.group_size, recipe.symmetric, recipe.rounds, recipe.scale_bits
+        return anybcq.quantize_matrix(weight, *settings)
 
     def _fit_and_move(
         self, index: int, weights: dict[str, PlaneWeight], walk: _Walk, fit: bool
@@ -284,7 +286,8 @@ class _Run:
         recipe = self.recipe
         path = self.writer.folder / f"model-{self.block_names()[index]}.safetensors"
         group_size = recipe.group_size if recipe.method == "anybcq" else None
-        stored = StoredConfig(recipe.method, recipe.precisions, (), group_size, recipe.symmetric)
+        bits = recipe.stored_scale_bits
+        stored = StoredConfig(recipe.method, recipe.precisions, (), group_size, recipe.symmetric, scale_bits=bits)
         reader = CheckpointReader([path], stored)
         where = f"{self.prefix}.{index}"
         return {

@@ -16,6 +16,7 @@ from vllm.model_executor.parameter import (
 )
 
 from anybits.bits import WORD, words
+from anybits.checkpoint import level_shapes
 from anybits.config import StoredConfig
 from anybits.errors import AnybitsError
 from anybits.integrations.vllm.rows import RowPrecisions
@@ -25,6 +26,9 @@ from anybits.kernels import cpu as _cpu  # noqa: F401  (registers the backend)
 from anybits.kernels import reference as _reference  # noqa: F401  (registers the backend)
 from anybits.kernels.cuda import backend as _cuda  # noqa: F401  (registers the backend)
 from anybits.weight import PlaneWeight, from_tensors, group_count
+
+UNSET = -128
+"""What no scale or offset in 8 bits is: what has not been loaded yet."""
 
 
 @dataclass(eq=False)
@@ -106,9 +110,10 @@ class PlaneLinearMethod(LinearMethodBase):
             ),
         )
         group_size = self.stored.group_size
-        for name, shape in level_shapes(self.stored, n, k).items():
-            data = torch.full(shape, torch.nan, dtype=torch.float16)
-            if group_size is None or group_count(group_size, input_size) == 1:
+        for name, (shape, dtypes) in level_shapes(self.stored, n, k, self.stored.precisions).items():
+            data = torch.full(shape, UNSET if torch.int8 in dtypes else torch.nan, dtype=dtypes[0])
+            a_row = name.startswith(("scale_steps", "offset_steps"))
+            if group_size is None or a_row or group_count(group_size, input_size) == 1:
                 parameter = ChannelQuantScaleParameter(data=data, output_dim=len(shape) - 2, weight_loader=loader)
             else:
                 parameter = GroupQuantScaleParameter(
@@ -124,9 +129,11 @@ class PlaneLinearMethod(LinearMethodBase):
         if hasattr(layer, "plane_handle"):
             raise AnybitsError("anybits layers cannot be loaded twice: start a new engine for new weights")
         n, k = layer.anybits_shape
-        tensors = {name: getattr(layer, name).data for name in ("planes", *level_shapes(self.stored, n, k))}
+        levels = level_shapes(self.stored, n, k, self.stored.precisions)
+        tensors = {name: getattr(layer, name).data for name in ("planes", *levels)}
         for name, tensor in tensors.items():
-            if tensor.is_floating_point() and tensor.isnan().any():
+            unset = tensor.isnan() if tensor.is_floating_point() else tensor == UNSET
+            if name != "planes" and unset.any():
                 raise AnybitsError(f"the checkpoint has no {name} for {self.prefix}, or it is not a number")
             delattr(layer, name)
         weight = from_tensors(tensors, k, self.stored.group_size)
@@ -139,18 +146,6 @@ class PlaneLinearMethod(LinearMethodBase):
         y = torch.ops.anybits.vllm_linear(x.reshape(-1, k), layer.row_precisions, layer.plane_handle, n)
         y = y.view(*x.shape[:-1], n)
         return y if bias is None else y + bias
-
-
-def level_shapes(stored: StoredConfig, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of all levels of a matrix `[N, K]` by stored name."""
-    n = out_features
-    if stored.group_size is None:
-        return {f"centroids_{p}": (n, 2**p) for p in stored.precisions}
-    groups = group_count(stored.group_size, in_features)
-    shapes: dict[str, tuple[int, ...]] = {f"scales_{p}": (p, n, groups) for p in stored.precisions}
-    if not stored.symmetric:
-        shapes |= {f"offsets_{p}": (n, groups) for p in stored.precisions}
-    return shapes
 
 
 def serve(weight: PlaneWeight, rows: RowPrecisions, capturing: bool) -> Served:

@@ -18,6 +18,7 @@ from anybits.config import StoredConfig
 from anybits.errors import AnybitsError
 from anybits.integrations.vllm.experts import PlaneExpertsMethod
 from anybits.integrations.vllm.linear import PlaneLinearMethod
+from anybits.weight import LEVEL_KINDS
 
 logger = logging.getLogger(__name__)
 
@@ -89,16 +90,15 @@ def stream(
 
 def _needed(leaf: str, precisions: tuple[int, ...]) -> bool:
     kind, _, precision = leaf.rpartition("_")
-    return leaf == "planes" or (kind in ("scales", "offsets", "centroids") and int(precision) in precisions)
+    return leaf == "planes" or (kind in LEVEL_KINDS and int(precision) in precisions)
 
 
 def _take_dtype(layers: list[Any], reader: CheckpointReader) -> None:
     """Give the layers' empty levels the dtype of the stored ones, or float32 when they differ among themselves."""
-    levels = ("scales", "offsets", "centroids")
-    names = (name for name in reader.names() if name.rpartition(".")[2].rpartition("_")[0] in levels)
-    dtypes = {reader.dtype(name) for name in names if reader.has(name.rpartition(".")[0])}
+    names = (name for name in reader.names() if name.rpartition(".")[2].rpartition("_")[0] in LEVEL_KINDS)
+    dtypes = {reader.dtype(name) for name in names if reader.has(name.rpartition(".")[0])} - {torch.int8}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     for layer in layers:
         for parameter in layer.parameters(recurse=False):
-            if hasattr(parameter, "anybits_level"):
+            if hasattr(parameter, "anybits_level") and parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)

@@ -38,6 +38,8 @@ def select_columns(weight: PlaneWeight, start: int, stop: int) -> PlaneWeight:
     if isinstance(levels, AffineLevels) and next(iter(levels.scales.values())).shape[-1] > 1:
         columns = group_columns(levels.group_size, weight.in_features)
         first, count = start // columns, -(-(stop - start) // columns)
-        levels = levels.map(lambda t: t.narrow(-1, first, count).contiguous(), keep=lambda p: True)
+        levels = levels.map(
+            lambda t: t if t.shape[-1] == 1 else t.narrow(-1, first, count).contiguous(), keep=lambda p: True
+        )
     words = -(-(stop - start) // WORD)
     return PlaneWeight(weight.planes.narrow(-1, start // WORD, words).contiguous(), stop - start, levels)

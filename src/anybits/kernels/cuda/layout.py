@@ -85,7 +85,7 @@ def prepare(weight: PlaneWeight) -> CudaWeight:
     levels = weight.levels
     none = planes.new_empty(0)
     if isinstance(levels, AffineLevels):
-        shape, packed = _affine(levels, weight.out_features, weight.in_features, stored)
+        shape, packed = _affine(levels.expanded(), weight.out_features, weight.in_features, stored)
         return CudaWeight(shape, planes, packed, none, none.float())
     shape = Shape(weight.out_features, weight.in_features, 1, 1, 1, 1, 1, DTYPES[torch.float32], 1, stored)
     packed, row_scale = _codebooks(levels, shape)
