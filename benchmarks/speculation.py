@@ -31,7 +31,7 @@ from anybits.decode.speculation import speculate
 from anybits.decode.statistics import Statistics
 from anybits.evaluate.kernels import random_weight
 from anybits.evaluate.perplexity import split_windows
-from anybits.integrations import decoding
+from anybits.integrations import random_model
 from anybits.integrations import transformers as hf
 from anybits.integrations.generation import ModelStepper
 from anybits.integrations.row_invariance import row_invariant
@@ -72,43 +72,31 @@ def acceptance(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
             }
 
 
-def random_model(method: str, layers: int, distinct: int, dtype: torch.dtype) -> tuple[Any, int]:
-    """Return a Llama of random planes and the number of its quantized weights.
+def make_model(method: str, layers: int, distinct: int) -> tuple[Any, int]:
+    """Return a bf16 Llama of random planes and the number of its quantized weights.
 
     Layers beyond `distinct` run the planes of an earlier one again; with enough distinct bytes none of them waits in
     a cache until its turn comes.
     """
-    config = transformers.LlamaConfig(
-        vocab_size=32000, hidden_size=2048, intermediate_size=8192, num_hidden_layers=layers,
-        num_attention_heads=32, num_key_value_heads=8, head_dim=64, max_position_embeddings=4096,
-        tie_word_embeddings=True, dtype=dtype,
-    )  # fmt: skip
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
+    sizes = {
+        "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": layers,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True,
+    }  # fmt: skip
+    model = random_model.llama(sizes, distinct)
     default, weights = ModelPrecision(8), 0
-    made: dict[tuple[int, str], PlaneLinear] = {}
-    for index, block in enumerate(model.model.layers):
+    for block in model.model.layers:
         for name, linear in list(block.named_modules()):
-            if not isinstance(linear, torch.nn.Linear):
-                continue
-            shape = (linear.out_features, linear.in_features)
-            weights += shape[0] * shape[1]
-            key = (index % distinct, name)
-            if key not in made:
-                plane = PlaneLinear(shape[1], shape[0], 128 if method == "anybcq" else None, default, dtype=dtype)
-                plane.set_plane_weight(random_weight(shape, method, (2, 3, 4, 8)))
-                made[key] = plane
-            parent, _, leaf = name.rpartition(".")
-            setattr(block.get_submodule(parent), leaf, made[key])
-    for name, parameter in list(model.named_parameters()):
-        if parameter.is_meta:
-            holder, _, leaf = name.rpartition(".")
-            value = torch.randn(parameter.shape, dtype=dtype) * 0.02
-            setattr(model.get_submodule(holder), leaf, torch.nn.Parameter(value, requires_grad=False))
+            if isinstance(linear, torch.nn.Linear):
+                shape = (linear.out_features, linear.in_features)
+                group_size = 128 if method == "anybcq" else None
+                planes = PlaneLinear(shape[1], shape[0], group_size, default, dtype=torch.bfloat16)
+                planes.set_plane_weight(random_weight(shape, method, (2, 3, 4, 8)))
+                block.set_submodule(name, planes)
+                weights += shape[0] * shape[1]
+    random_model.fill(model)
     model.tie_weights()
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)
-    decoding.use_decode_attention(model)
-    return model.eval(), weights
+    random_model.repeat_layers(model, layers)
+    return model, weights * layers // distinct
 
 
 class Injected(ModelStepper):
@@ -146,23 +134,26 @@ def pass_seconds(model: Any, clock: Any, rounds: int) -> dict[tuple[int, int], f
 
 
 def generation_seconds(model: Any, clock: Any, target: int, draft: int, agreement: float, seed: int) -> list[float]:
-    """Return seconds a token: plain at `target`, and with adaptive drafts at `draft`; then rounds and mean drafts."""
+    """Return seconds a token: plain at `target`, and with adaptive drafts at `draft`; then rounds and mean drafts.
+
+    After every round plain passes for as many tokens are timed: a machine that gets slower does so for both.
+    """
     plain = Injected(model, agreement, target, seed)
     plain.prefill(torch.randint(0, 100, (1, CONTEXT)), target)
     fast = Injected(model, agreement, target, seed)
     fast.prefill(torch.randint(0, 100, (1, CONTEXT)), target)
     tokens, found, length = [0] * (CONTEXT + 1), Statistics(), AdaptiveLength()
-    start = clock()
+    plain_s = 0.0
     for new in speculate(fast, Choice(), tokens, target, draft, length, CONTEXT + TOKENS, found, clock):
-        assert new
-    speculative = (clock() - start) / found.tokens
-    start = clock()
-    for position in range(PLAIN_TOKENS):
-        plain.forward([position % 100], target)
-    return [(clock() - start) / PLAIN_TOKENS, speculative, found.rounds, found.drafted / max(1, found.rounds)]
+        start = clock()
+        for token in new:
+            plain.forward([token], target)
+        plain_s += clock() - start
+    fast_s = found.step_s + found.draft_s + found.verify_s
+    return [plain_s / found.tokens, fast_s / found.tokens, found.rounds, found.drafted / max(1, found.rounds)]
 
 
-TOKENS, PLAIN_TOKENS = 96, 24
+TOKENS = 96
 
 
 @torch.no_grad()
@@ -171,7 +162,7 @@ def speed(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     clock = time.thread_time if arguments.cpu_seconds else time.perf_counter
     measured = {(r["method"], r["target"], r["draft"]): r["greedy"] for r in read(arguments.out, "acceptance")}
     for method in arguments.methods:
-        model, weights = random_model(method, arguments.layers, arguments.distinct or arguments.layers, torch.bfloat16)
+        model, weights = make_model(method, arguments.layers, arguments.distinct or arguments.layers)
         about = {"method": method, "weights": weights, "clock": "cpu" if arguments.cpu_seconds else "wall"}
         with row_invariant(model, True, False):
             seconds = pass_seconds(model, clock, arguments.rounds)

@@ -145,7 +145,7 @@ class AdaptiveLength:
     takes what it lost. A round begins only when its worst case, one token, is covered.
     """
 
-    GRANT, SHARE, CAP = 2.0, 0.01, 8.0
+    GRANT, SHARE, CAP = 1.0, 0.01, 8.0
     PROBE_EVERY = 32
     """Plain tokens between two rounds that are not expected to pay."""
     REFRESH_EVERY = 64
