@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from anybits.config import Recipe, StoredConfig, parse_precisions
+from anybits.config import DataAware, Recipe, StoredConfig, parse_precisions
 from anybits.errors import AnybitsError
 
 
@@ -79,3 +79,13 @@ def test_up_to_drops_higher_precisions() -> None:
     assert stored().up_to(3).precisions == (2, 3)
     with pytest.raises(AnybitsError, match="precision 5 is not stored: choose one of 2, 3, 4"):
         stored().up_to(5)
+
+
+def test_much_text_runs_every_other_batch_where_that_is_enough() -> None:
+    much = Recipe(precisions=(2, 3, 4), samples=128, seq_len=512)
+    assert [much.every(p) for p in (2, 3, 4, None)] == [1, 2, 2, 2]
+    little = Recipe(precisions=(2, 3, 4), samples=127, seq_len=512)
+    best = Recipe(precisions=(2, 3, 4), samples=1000, preset="best")
+    whole = Recipe(precisions=(2, 3, 4), samples=1000, data_aware=DataAware(thinning=1))
+    assert {recipe.every(p) for recipe in (little, best, whole) for p in (2, 3, 4, None)} == {1}
+    assert Recipe(precisions=(2, 3, 4), samples=1000, data_aware=DataAware(thinning=5)).every(4) == 5

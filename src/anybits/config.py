@@ -273,6 +273,8 @@ def check_single(value: object, allowed: tuple[Single, ...]) -> Single:
 
 
 COLUMN_ORDERS = ("given", "energy")
+ENOUGH_TOKENS = 1 << 15
+"""Calibration tokens from which more make a precision above the lowest hardly better."""
 
 
 @dataclass(frozen=True)
@@ -287,8 +289,8 @@ class DataAware:
     to its mean; column_order: given or energy; precision_weights: what each precision's relative error counts
     (empty: the lowest 1.5, the highest 1.25, others 1); balance: 1 weighs relative errors, 0 absolute ones;
     sequential: layers see their predecessors in the block quantized; thinning: the lowest precision is fitted to all
-    calibration batches and every other one, and what a target makes up for, to each `thinning`-th, which is faster;
-    exhaustive, beam: of the search (nested_codes.Search).
+    calibration batches and every other one, and what a target makes up for, to each n-th, which is faster: n is at most
+    `thinning`, and such that ENOUGH_TOKENS are left; exhaustive, beam: of the search (nested_codes.Search).
     """
 
     balancing: int = 10
@@ -391,7 +393,7 @@ class Recipe:
         """Return n where `precision`, or the float model for None, runs each n-th calibration batch."""
         if self.reconstructs or self.data_aware is None or precision == self.precisions[0]:
             return 1
-        return self.data_aware.thinning
+        return min(self.data_aware.thinning, max(1, self.samples * self.seq_len // ENOUGH_TOKENS))
 
     @property
     def reconstructs(self) -> bool:
