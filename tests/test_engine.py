@@ -15,8 +15,8 @@ from anybits.errors import AnybitsError
 from anybits.integrations import transformers as hf
 from anybits.linear import PlaneLinear
 from anybits.precision import active, per_row, precision
+from anybits.serve.blocks import BLOCK
 from anybits.serve.engine import Engine, Limits
-from anybits.serve.kv import BLOCK
 from anybits.serve.sampling import Sampling
 from anybits.serve.sequence import Chunk, Fixed, Sequence, Token
 from conftest import save_tiny

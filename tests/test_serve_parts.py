@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anybits.serve.attention import bucket
-from anybits.serve.kv import BLOCK, BlockPool, blocks_for
-from anybits.serve.policy import HOLD_S, Controller, Load, Policy, Targets
+from anybits.serve.blocks import BLOCK, BlockPool, blocks_for
+from anybits.serve.policy import HOLD_S, PATIENCE, RECENT, Controller, Load, Policy, Targets
 from anybits.serve.sampling import Sampler, Sampling
 from anybits.serve.text import TextStream
 
@@ -117,6 +117,25 @@ def test_auto_does_not_swing_when_the_target_lies_between_two_precisions() -> No
     clock = Clock(Controller((2, 3, 4), Targets(tpot_ms=35)))
     seen = clock.steps(20_000, 10)  # 4 bits take 40 ms, 3 bits 30: a rise would miss the target
     assert set(seen[10:]) == {3}
+
+
+def test_prompts_of_newcomers_are_no_reason_to_fall_unless_they_keep_coming() -> None:
+    """A step with a prompt takes 150 ms, others 30 ms at 3 bits: with the prompt among 16 steps 37 ms a token."""
+    clock = Clock(Controller((2, 3, 4), Targets(tpot_ms=38)))
+    clock.steps(3, 10)
+    assert clock.controller.precision == 3
+    seen = [p for _ in range(40) for p in (*clock.steps(1, 50), *clock.steps(15, 10))]
+    assert set(seen) == {3}
+    seen = [p for _ in range(20) for p in (*clock.steps(1, 50), *clock.steps(4, 10))]  # 54 ms a token
+    assert seen[-1] == 2
+
+
+def test_a_burst_after_idle_steps_is_seen_within_a_few() -> None:
+    clock = Clock(Controller((2, 3, 4), Targets(tpot_ms=34)))
+    assert set(clock.steps(300, 3)) == {4}
+    assert clock.steps(6, 10).index(3) <= RECENT // 2 + PATIENCE
+    assert clock.steps(200, 10)[-1] == 3
+    assert clock.steps(400, 3)[-1] == 4
 
 
 def test_auto_obeys_the_first_token_target_and_starts_high_after_silence() -> None:

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from anybits.decode.draft_length import FixedLength
+from anybits.serve.blocks import BLOCK
 from anybits.serve.engine import Engine, Limits
-from anybits.serve.kv import BLOCK
 from anybits.serve.sampling import Sampler, Sampling
 from anybits.serve.sequence import Fixed, Sequence
 from anybits.serve.speculation import can_draft

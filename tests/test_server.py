@@ -1,22 +1,14 @@
-"""The server as its clients meet it: a process on 127.0.0.1, the official openai client, and its own OpenAPI."""
+"""The server's answers: what its fields do and what its errors say, to the openai client and by its own OpenAPI."""
 
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
-import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
-import openai
 import pytest
 import schemathesis
 import torch
@@ -24,84 +16,17 @@ from hypothesis import HealthCheck, given, settings
 
 import anybits
 from anybits.integrations import transformers as hf
-from anybits.serve.policy import HOLD_S
-from conftest import tiny_model, tiny_tokenizer
-from test_profiles import with_profiles
-
-LENGTH = 8192
-KEY = "a-secret"
-MAIN = "from anybits.cli import main; main()"
-
-
-class Server:
-    """`anybits serve` on a free port; the log of the process is in `log`."""
-
-    def __init__(self, folder: Path, log: Path, *options: str, port: str = "0") -> None:
-        self.log, self.key = log, KEY if "--api-key" in options else None
-        command = [sys.executable, "-c", MAIN, "serve", str(folder), "--port", port, "--dtype", "float32", *options]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        with log.open("w") as out:
-            self.process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
-        self.url = self._started()
-        self.http = httpx.Client(base_url=self.url, timeout=60, headers=self._headers())
-        self.openai = openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.key or "none", max_retries=0)
-
-    def _headers(self) -> dict[str, str]:
-        return {"authorization": f"Bearer {self.key}"} if self.key else {}
-
-    def _started(self) -> str:
-        for _ in range(1200):
-            text = self.log.read_text()
-            if " at http" in text:
-                return text.split(" at ")[1].split()[0]
-            if self.process.poll() is not None:
-                break
-            time.sleep(0.1)
-        raise AssertionError(f"the server did not start: {self.log.read_text()}")
-
-    def metric(self, name: str) -> float:
-        """Return the sum of a metric over its labels."""
-        lines = self.http.get("/metrics").text.splitlines()
-        return sum(float(line.split()[-1]) for line in lines if line.split("{")[0].split()[0] == name)
-
-    def wait_until_idle(self, seconds: float) -> None:
-        """Fail unless every slot and every KV block is free within `seconds`."""
-        end = time.monotonic() + seconds
-        while self.metric("anybits_kv_used_ratio") or self.metric("anybits_running"):
-            assert time.monotonic() < end, "slots or KV are still held"
-            time.sleep(0.02)
-
-    def stop(self) -> None:
-        """End the process."""
-        self.process.kill()
-        self.process.wait()
+from serving import Server, complete, served_folder
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("served")
-    model = tiny_model("llama")
-    model.config.max_position_embeddings = LENGTH
-    model.generation_config.eos_token_id = None
-    model.save_pretrained(made / "float")
-    tiny_tokenizer().save_pretrained(made / "float")
-    anybits.quantize(str(made / "float"), made / "tiny", anybits.Recipe(preset="fast", group_size=32))
-    with_profiles(made / "tiny", ("2.5",))
-    return made / "tiny"
+    return served_folder(tmp_path_factory.mktemp("served"))
 
 
 @pytest.fixture(scope="module")
 def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     started = Server(folder, tmp_path_factory.mktemp("log") / "a", "--max-queue", "200", "--max-model-len", "96")
-    yield started
-    started.stop()
-
-
-@pytest.fixture(scope="module")
-def narrow(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One place, one in the queue, a key, a small body, a short patience."""
-    options = "--max-batch 1 --max-queue 1 --max-body-mb 0.01 --timeout 4 --target-tpot-ms 0.001 --precision auto"
-    started = Server(folder, tmp_path_factory.mktemp("log") / "b", "--api-key", KEY, *options.split())
     yield started
     started.stop()
 
@@ -116,14 +41,6 @@ def expected(folder: Path) -> Any:
             return hf.generate_text(model, tokenizer, prompt, tokens)[0]
 
     return text
-
-
-def complete(server: Server, prompt: str, **settings: Any) -> Any:
-    """Ask for exactly max_tokens: a random model ends its texts anywhere."""
-    more = {"ignore_eos": True} | settings.pop("extra_body", {})
-    return server.openai.completions.create(
-        model="tiny", prompt=prompt, extra_body=more, **{"temperature": 0, **settings}
-    )
 
 
 @pytest.mark.parametrize("precision", [2, 3, 4, "2.5"])
@@ -205,6 +122,26 @@ def test_drafts_leave_the_text_as_it_is_and_are_counted(server: Server) -> None:
     assert drafted > 0
     assert server.metric("anybits_accepted_tokens_total") <= server.metric("anybits_drafted_tokens_total")
     server.wait_until_idle(2)
+
+
+def test_a_shared_start_is_computed_once_at_each_precision(server: Server) -> None:
+    before, start = server.metric("anybits_prefix_tokens_reused_total"), "a system prompt of all the requests "
+    whole = len(start) // 16 * 16
+
+    def cached(tail: str, precision: int, n: int = 1) -> int:
+        answer = complete(server, start + tail, max_tokens=2, n=n, extra_body={"precision": precision})
+        return answer.usage.prompt_tokens_details.cached_tokens
+
+    assert cached("abc", 3) == 0
+    assert [cached("def", 3), cached("ghi", 2), cached("ghi", 4), cached("xyz", 2, n=3)] == [whole, 0, 0, whole]
+    assert server.metric("anybits_prefix_tokens_reused_total") - before == (1 + 3) * whole
+    messages = [{"role": "user", "content": start + "abc"}]
+    chat = server.openai.chat.completions.create(
+        model="tiny", messages=messages, max_tokens=2, stream=True, stream_options={"include_usage": True}
+    )
+    assert list(chat)[-1].usage.prompt_tokens_details.cached_tokens == whole  # at 4 bits, the default
+    server.wait_until_idle(2)
+    assert server.metric("anybits_kv_cached_ratio") > 0
 
 
 def test_several_prompts_and_token_ids(server: Server) -> None:
@@ -319,111 +256,6 @@ def test_the_openapi_description_is_kept(server: Server) -> None:
         check()
         paths.append(operation.path)
     assert len(paths) == 7
-
-
-def test_a_key_is_asked_for(narrow: Server) -> None:
-    with pytest.raises(openai.AuthenticationError):
-        openai.OpenAI(base_url=f"{narrow.url}/v1", api_key="wrong").models.list()
-    assert httpx.get(f"{narrow.url}/metrics").status_code == 401
-    assert httpx.get(f"{narrow.url}/health").status_code == 200
-    assert len(list(narrow.openai.models.list())) == 5
-
-
-def test_a_large_body_is_refused(narrow: Server) -> None:
-    large = {"prompt": "a" * 20_000}
-    assert narrow.http.post("/v1/completions", json=large).status_code == 413
-    parts = (b" " * 1000 for _ in range(20))
-    assert narrow.http.post("/v1/completions", content=parts).status_code == 413
-
-
-def test_a_client_that_leaves_frees_its_place(narrow: Server) -> None:
-    stream = complete(narrow, "Hello", max_tokens=8000, stream=True)
-    next(iter(stream))
-    assert narrow.metric("anybits_kv_used_ratio") > 0
-    stream.close()
-    narrow.wait_until_idle(1)
-    with pytest.raises(httpx.ReadTimeout):
-        narrow.http.post(
-            "/v1/completions", json={"prompt": "Hello", "max_tokens": 8000, "ignore_eos": True}, timeout=0.3
-        )
-    narrow.wait_until_idle(1)
-
-
-def test_a_full_queue_answers_429_and_recovers(narrow: Server) -> None:
-    first, second = (complete(narrow, "Hello", max_tokens=8000, stream=True) for _ in range(2))
-    with pytest.raises(openai.RateLimitError) as refused:
-        complete(narrow, "Hello", max_tokens=2)
-    assert int(refused.value.response.headers["retry-after"]) >= 1
-    first.close()
-    second.close()
-    narrow.wait_until_idle(1)
-    assert complete(narrow, "Hello", max_tokens=2).usage.completion_tokens == 2
-
-
-def test_auto_without_hope_of_its_target_takes_the_lowest(narrow: Server) -> None:
-    time.sleep(1.5 * HOLD_S)  # after silence it begins at the highest again
-    answer = complete(narrow, "Hello", max_tokens=30)
-    assert answer.precision == 2
-    assert answer.usage.completion_tokens_by_precision["4"] >= 1
-    assert narrow.metric("anybits_auto_changes_total") >= 2
-    relaxed = complete(narrow, "Hello", max_tokens=5, extra_body={"precision": "auto", "target_tpot_ms": 100_000})
-    assert relaxed.precision == 4
-
-
-def test_a_request_that_takes_too_long_gets_504(narrow: Server) -> None:
-    waiting = complete(narrow, "Hello", max_tokens=8000, stream=True)
-    blocked = narrow.http.post(
-        "/v1/completions", json={"prompt": "Hello", "max_tokens": 8000, "ignore_eos": True}, timeout=30
-    )
-    waiting.close()
-    assert blocked.status_code == 504
-    assert blocked.json()["error"]["type"] == "timeout_error"
-    narrow.wait_until_idle(1)
-
-
-def test_sigterm_finishes_what_has_begun(narrow: Server) -> None:
-    stream = iter(complete(narrow, "Hello", max_tokens=50, stream=True))
-    chunks = [next(stream)]
-    reader = threading.Thread(target=lambda: chunks.extend(stream))
-    narrow.process.send_signal(signal.SIGTERM)
-    reader.start()
-    reader.join(30)
-    assert chunks[-1].choices[0].finish_reason == "length"
-    assert len(chunks) == 50
-    assert narrow.process.wait(20) in (0, -signal.SIGTERM)
-    with pytest.raises(httpx.ConnectError):
-        httpx.get(f"{narrow.url}/health")
-
-
-def test_a_killed_server_serves_again_on_the_same_port(folder: Path, tmp_path: Path) -> None:
-    before = sorted((p.name, p.read_bytes()) for p in folder.iterdir())
-    first = Server(folder, tmp_path / "first")
-    wanted = complete(first, "Hello", max_tokens=8).choices[0].text
-    stream = complete(first, "Hello", max_tokens=8000, stream=True)
-    next(iter(stream))
-    first.process.send_signal(signal.SIGKILL)
-    first.process.wait(10)
-    with pytest.raises((openai.APIError, httpx.HTTPError)):
-        list(stream)
-    assert sorted((p.name, p.read_bytes()) for p in folder.iterdir()) == before
-    second = Server(folder, tmp_path / "second", port=first.url.rsplit(":", 1)[1])
-    try:
-        assert complete(second, "Hello", max_tokens=8).choices[0].text == wanted
-    finally:
-        second.stop()
-
-
-def test_a_wrong_option_is_one_sentence(folder: Path) -> None:
-    for options, says in [
-        (["--precision", "7"], "precision 7 is not stored: choose one of 2, 2.5, 3, 4 or auto"),
-        (["--draft-precision", "4"], "draft precision 4 is not lower than the precision 4: give a lower one"),
-        (["--max-model-len", "9000"], "max-model-len 9000 is more than the 8192 positions"),
-    ]:
-        command = [sys.executable, "-c", MAIN, "serve", str(folder), "--port", "0", *options]
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-        assert ended.returncode == 1
-        assert ended.stderr.strip().splitlines()[-1].startswith(f"error: {says}")
-        assert "Traceback" not in ended.stderr
 
 
 def test_json_of_a_stream_is_one_object_a_line(server: Server) -> None:

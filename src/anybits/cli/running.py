@@ -67,6 +67,9 @@ def serve(
         int | None, typer.Option(min=2, help="Tokens of prompt and answer together. Default: the model's.")
     ] = None,
     kv_cache_gb: Annotated[float, typer.Option(min=0.0, help="Memory for keys and values.")] = 2.0,
+    prefix_reuse: Annotated[
+        bool, typer.Option(help="Compute what prompts of one precision have in common at their start only once.")
+    ] = True,
     target_tpot_ms: Annotated[
         float | None, typer.Option(min=0.001, help="auto: milliseconds that a token may take.")
     ] = None,

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from anybits.serve.kv import BLOCK, KVCache, LayerShape, blocks_for
+from anybits.serve.blocks import BLOCK, blocks_for
+from anybits.serve.kv import KVCache, LayerShape
 from anybits.serve.tiles import TILE_ROWS
 
 
@@ -155,6 +156,13 @@ class ShapeProbe:
 
     def __init__(self) -> None:
         self.shapes: dict[int, LayerShape] = {}
+        self._windows: list[int | None] = []
+
+    @property
+    def window(self) -> int | None:
+        """How many positions the layer that sees furthest sees, its own included; None for all of them."""
+        seen = [window for window in self._windows if window is not None]
+        return max(seen) if seen and len(seen) == len(self._windows) else None
 
     def __call__(
         self,
@@ -168,4 +176,5 @@ class ShapeProbe:
     ) -> torch.Tensor:
         """Return zeros `[T, H, Dv]` and remember the layer."""
         self.shapes[layer] = LayerShape(key.shape[0], key.shape[-1], value.shape[-1])
+        self._windows.append(window)
         return query.new_zeros(query.shape[1], query.shape[0], value.shape[-1])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,8 @@ from anybits.integrations.attention import packed_attention, use_packed_attentio
 from anybits.linear import PlaneStack
 from anybits.precision import Precision, precision
 from anybits.serve.attention import PagedAttention, ShapeProbe, Span
-from anybits.serve.kv import BLOCK, BlockPool, KVCache, blocks_for, blocks_in
+from anybits.serve.blocks import BLOCK, BlockPool, blocks_for
+from anybits.serve.kv import KVCache, blocks_in
 from anybits.serve.scheduler import Scheduler
 from anybits.serve.sequence import Chunk, Sequence, Token
 from anybits.serve.speculation import Speculation, can_draft, reach
@@ -31,13 +32,15 @@ logger = logging.getLogger(__name__)
 class Limits:
     """What the engine may use: sequences and rows of one step, positions of one sequence, bytes of KV.
 
-    max_model_len None: what the model was made for, as far as the KV cache holds it.
+    max_model_len None: what the model was made for, as far as the KV cache holds it; reuse_prefixes: whether what
+    one request computed serves others that begin with the same tokens at the same precisions.
     """
 
     max_batch: int = 32
     max_rows: int = 512
     max_model_len: int | None = None
     kv_cache_bytes: float = 2e9
+    reuse_prefixes: bool = True
 
 
 class Engine:
@@ -71,7 +74,8 @@ class Engine:
         self.failed: list[Sequence] = []
         """Sequences that broke the last step; they are out of the batch, and their blocks are free."""
         max_rows = max(limits.max_rows, limits.max_batch)
-        self.scheduler = Scheduler(BlockPool(blocks), limits.max_batch, max_rows, not mixes)
+        pool, reuse = BlockPool(blocks), limits.reuse_prefixes
+        self.scheduler = Scheduler(pool, limits.max_batch, max_rows, not mixes, probe.window, reuse)
         self.speculation = Speculation(self._rows, max_rows)
 
     def add(self, sequence: Sequence) -> None:
@@ -110,8 +114,11 @@ class Engine:
             sequence.append(token, now)
             tokens.append(Token(sequence, token, now, None, sequence.finish))
             if sequence.finish is not None:
-                self.scheduler.remove(sequence)
                 break
+        stand = min(sequence.computed, len(sequence.tokens)) - len(sequence.computed_at)
+        self.scheduler.filled(sequence, [now] * stand)
+        if sequence.finish is not None:
+            self.scheduler.remove(sequence)
         return tokens
 
     def _forwards(self, chunks: list[Chunk]) -> Iterator[tuple[list[Chunk], torch.Tensor]]:
@@ -183,7 +190,7 @@ class Engine:
     def advance(self, chunks: list[Chunk], logits: torch.Tensor) -> list[Token]:
         """Choose a token for every complete chunk, and free the sequences that end with it."""
         for chunk in chunks:
-            chunk.sequence.computed = chunk.stop
+            self.scheduler.filled(chunk.sequence, chunk.precisions)
         complete = [c for c in chunks if c.complete]
         likeliest = logits.argmax(-1).tolist()
         tokens = []
@@ -207,11 +214,11 @@ class Engine:
         return not self.scheduler.running and not self.scheduler.waiting
 
     def kv_positions(self) -> Counter[Single]:
-        """Return precision -> positions of KV in use by sequences that now run at it."""
-        used: Counter[Single] = Counter()
+        """Return precision -> positions of KV in use by sequences that now run at it; shared blocks count once."""
+        held: dict[Single, set[int]] = defaultdict(set)
         for sequence in list(self.scheduler.running):
-            used[sequence.choice.precision] += len(sequence.blocks) * BLOCK
-        return used
+            held[sequence.choice.precision].update(sequence.blocks)
+        return Counter({precision: len(blocks) * BLOCK for precision, blocks in held.items()})
 
 
 def load_engine(

@@ -1,4 +1,4 @@
-"""Keys and values in blocks: which blocks are free, and the tensors that hold them."""
+"""The tensors that hold keys and values, and the memory that their blocks take."""
 
 from __future__ import annotations
 
@@ -8,41 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from anybits.errors import AnybitsError
-
-BLOCK = 16
-"""Positions of a block: small enough to waste little on the last block of a sequence."""
-
-
-def blocks_for(positions: int) -> int:
-    """Return the blocks that `positions` need."""
-    return -(-positions // BLOCK)
-
-
-class BlockPool:
-    """Hands out block numbers; knows nothing of tensors."""
-
-    def __init__(self, blocks: int) -> None:
-        self.total = blocks
-        self._free = list(range(blocks - 1, -1, -1))
-
-    @property
-    def free(self) -> int:
-        """Blocks that nobody holds."""
-        return len(self._free)
-
-    @property
-    def used(self) -> int:
-        """Blocks that sequences hold."""
-        return self.total - self.free
-
-    def take(self, count: int) -> list[int]:
-        """Return `count` blocks; the caller has checked that as many are free."""
-        assert count <= self.free
-        return [self._free.pop() for _ in range(count)]
-
-    def give_back(self, blocks: list[int]) -> None:
-        """Make `blocks` free again."""
-        self._free.extend(reversed(blocks))
+from anybits.serve.blocks import BLOCK
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ class Options:
     max_queue: int | None = None
     max_model_len: int | None = None
     kv_cache_gb: float = 2.0
+    prefix_reuse: bool = True
     target_tpot_ms: float | None = None
     target_ttft_ms: float | None = None
     timeout_s: float = 600.0
@@ -62,7 +63,13 @@ def run(options: Options, started: Callable[[str], None]) -> None:
     listener = api.listen(options.host, options.port)
     engine, tokenizer, ends = load_engine(
         options.model,
-        Limits(options.max_batch, options.max_rows, options.max_model_len, options.kv_cache_gb * 1e9),
+        Limits(
+            options.max_batch,
+            options.max_rows,
+            options.max_model_len,
+            options.kv_cache_gb * 1e9,
+            options.prefix_reuse,
+        ),
         DTYPES[options.dtype],
         _device(options.device),
     )

@@ -27,6 +27,7 @@ class Snapshot:
     waiting: Mapping[Single, int] = field(default_factory=dict)
     kv_positions: Mapping[Single, int] = field(default_factory=dict)
     kv_used: int = 0
+    kv_cached: int = 0
     kv_total: int = 0
     drafts: Mapping[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
     auto: Mapping[tuple[str, str], tuple[int, Mapping[str, int]]] = field(default_factory=dict)
@@ -51,7 +52,10 @@ class _Load(Collector):
             for p in self._precisions:
                 gauge.add_metric([str(p)], values.get(p, 0))
             yield gauge
-        yield GaugeMetricFamily("anybits_kv_used_ratio", "Share of KV blocks held.", now.kv_used / max(now.kv_total, 1))
+        blocks = max(now.kv_total, 1)
+        yield GaugeMetricFamily("anybits_kv_used_ratio", "Share of KV blocks held.", now.kv_used / blocks)
+        cached = "Share of KV blocks that nobody holds and that prefixes are reused from until others need them."
+        yield GaugeMetricFamily("anybits_kv_cached_ratio", cached, now.kv_cached / blocks)
         level = GaugeMetricFamily("anybits_auto_precision", "Precision of auto.", labels=["tpot_ms", "ttft_ms"])
         changes = CounterMetricFamily("anybits_auto_changes", "Changes of auto.", labels=["tpot_ms", "ttft_ms", "to"])
         for targets, (precision, moves) in now.auto.items():
@@ -81,6 +85,9 @@ class Metrics:
         )
         self._refused = Counter("anybits_refused", "Requests that were not accepted.", ["status"], registry=r)
         self._prompt = Counter("anybits_prompt_tokens", "Prompt tokens.", labels, registry=r)
+        self._reused = Counter(
+            "anybits_prefix_tokens_reused", "Prompt tokens found computed, at their precision.", labels, registry=r
+        )
         self._generated = Counter("anybits_generated_tokens", "Generated tokens.", labels, registry=r)
         self._ttft = Histogram("anybits_ttft_seconds", "Time to first token.", labels, buckets=TTFT_BUCKETS, registry=r)
         self._tpot = Histogram(
@@ -95,9 +102,11 @@ class Metrics:
         """Count a generated token."""
         self._generated.labels(str(precision)).inc()
 
-    def first_token(self, precision: Single, prompt_tokens: int, seconds: float) -> None:
-        """Count a prompt and the time to its first token."""
+    def first_token(self, precision: Single, prompt_tokens: int, seconds: float, reused: Mapping[Single, int]) -> None:
+        """Count a prompt, the time to its first token, and its tokens that were found computed, by precision."""
         self._prompt.labels(str(precision)).inc(prompt_tokens)
+        for own, tokens in reused.items():
+            self._reused.labels(str(own)).inc(tokens)
         self._ttft.labels(str(precision)).observe(seconds)
 
     def finished(self, precision: Single, mode: str, outcome: str, seconds_per_token: float | None) -> None:

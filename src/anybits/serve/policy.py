@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass
+from statistics import fmean, median
 
-SMOOTHING = 0.2
-"""Weight of the newest step in the average step time: about ten steps of memory."""
+RECENT = 5
+"""Steps whose median says how long a step takes now: the prompts of newcomers make single steps many times as long."""
+
+MEMORY = 32
+"""Steps whose mean says what requests get, prompts of others included: about as many as a short answer has tokens."""
 
 PATIENCE = 3
 """Steps in a row above a target before the precision falls: one slow step is no load."""
@@ -38,8 +42,9 @@ class Load:
 class Controller:
     """The present precision for one pair of targets; all automatic requests with these targets share it.
 
-    It falls when a target is missed for PATIENCE steps. It rises after the hold when the targets would
-    still be met if time grew like the planes that are read, which is the most that it can grow.
+    It falls when a target is missed for PATIENCE steps, by the median of the last few steps or by the mean of many: the
+    one sees a burst at once, the other steps that are slow again and again. It rises after the hold when the targets
+    would still be met if time grew like the planes that are read, which is the most that it can grow.
     """
 
     def __init__(self, precisions: tuple[int, ...], targets: Targets) -> None:
@@ -49,7 +54,8 @@ class Controller:
         self._level = len(precisions) - 1
         self._hold = HOLD_S
         self._seen = self._rose = float("-inf")
-        self._step_s, self._missed, self._relaxed_since = 0.0, 0, 0.0
+        self._steps: deque[float] = deque(maxlen=MEMORY)
+        self._missed, self._relaxed_since = 0, 0.0
 
     @property
     def precision(self) -> int:
@@ -62,11 +68,11 @@ class Controller:
             self._level, self._hold = len(self._precisions) - 1, HOLD_S
             self._forget_load(load.now)
         self._seen = load.now
-        weight = SMOOTHING if self._step_s else 1.0
-        self._step_s += weight * (load.step_s - self._step_s)
-        pressure = self._pressure(load)
-        self._missed = self._missed + 1 if pressure > 1 else 0
-        if pressure * self._growth() > 1:
+        self._steps.append(load.step_s)
+        typical, mean = median(list(self._steps)[-RECENT:]), fmean(self._steps)
+        lasting = mean if len(self._steps) == MEMORY else 0.0
+        self._missed = self._missed + 1 if self._pressure(load, max(typical, lasting)) > 1 else 0
+        if self._pressure(load, max(typical, mean)) * self._growth() > 1:
             self._relaxed_since = load.now
         if self._missed >= PATIENCE and self._level > 0:
             self._hold = min(2 * self._hold, MAX_HOLD_S) if load.now - self._rose < 2 * self._hold else HOLD_S
@@ -75,9 +81,9 @@ class Controller:
             self._rose = load.now
             self._move(+1, load.now)
 
-    def _pressure(self, load: Load) -> float:
-        """Return time over target: above 1 a target is missed."""
-        tpot = 0.0 if self.targets.tpot_ms is None else 1000 * self._step_s / self.targets.tpot_ms
+    def _pressure(self, load: Load, step_s: float) -> float:
+        """Return time over target when a token takes `step_s`: above 1 a target is missed."""
+        tpot = 0.0 if self.targets.tpot_ms is None else 1000 * step_s / self.targets.tpot_ms
         ttft = 0.0 if self.targets.ttft_ms is None else 1000 * load.oldest_wait_s / self.targets.ttft_ms
         return max(tpot, ttft)
 
@@ -93,7 +99,8 @@ class Controller:
 
     def _forget_load(self, now: float) -> None:
         """Start measuring again: times of another precision say nothing about this one."""
-        self._step_s, self._missed, self._relaxed_since = 0.0, 0, now
+        self._steps.clear()
+        self._missed, self._relaxed_since = 0, now
 
 
 class Policy:

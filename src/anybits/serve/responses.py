@@ -116,12 +116,17 @@ def usage(choices: list[Choice], jobs: list[Job]) -> dict[str, Any]:
     """Return the token counts of a request."""
     generated: Counter[Single] = sum((c.by_precision for c in choices), Counter())
     prompts = sum(len(tokens) for tokens in {id(job.prompt): job.prompt for job in jobs}.values())
+    cached: dict[int, int] = {}
+    for job in jobs:  # the choices of one prompt share it: what the first had to compute was not cached
+        found = 0 if job.sequence is None else job.sequence.reused.total()
+        cached[id(job.prompt)] = min(found, cached.get(id(job.prompt), found))
     completion = generated.total()
     ordered = sorted(generated, key=precision_order)
     return {
         "prompt_tokens": prompts,
         "completion_tokens": completion,
         "total_tokens": prompts + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(cached.values())},
         "completion_tokens_by_precision": {str(p): generated[p] for p in ordered},
     }
 

@@ -5,18 +5,29 @@ from __future__ import annotations
 from collections import deque
 
 from anybits.config import Single, precision_order
-from anybits.serve.kv import BlockPool, blocks_for
+from anybits.serve.blocks import BLOCK, BlockPool, blocks_for
+from anybits.serve.prefixes import Prefixes
 from anybits.serve.sequence import Chunk, Sequence
 
 
 class Scheduler:
     """Keeps arrival order; when blocks run out, the youngest sequence gives its own back and starts again later.
 
-    uniform: every step runs at one precision, for models whose layers cannot mix rows (fused experts).
+    uniform: every step runs at one precision, for models whose layers cannot mix rows (fused experts); window: no
+    layer sees further back than as many positions, its own included; reuse: whether prefixes are.
     """
 
-    def __init__(self, pool: BlockPool, max_batch: int, max_rows: int, uniform: bool = False) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        max_batch: int,
+        max_rows: int,
+        uniform: bool = False,
+        window: int | None = None,
+        reuse: bool = True,
+    ) -> None:
         self.pool, self.max_batch, self.max_rows, self.uniform = pool, max_batch, max_rows, uniform
+        self.window, self.prefixes = window, Prefixes(pool, reuse)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.taken: list[int] = []
@@ -38,10 +49,14 @@ class Scheduler:
     def schedule(self) -> list[Chunk]:
         """Return the rows of the next step, in at most `max_rows` rows over at most `max_batch` sequences.
 
-        Sequences that decode always have their row; what is left goes to prompts, the oldest first.
+        Sequences that decode always have their row; what is left goes to prompts, the oldest first. A prompt whose
+        next block an older one computes in this step waits for it.
         """
         self.taken = []
         self._admit()
+        self.prefixes.begin()
+        for sequence in self.running:
+            self.prefixes.reuse(sequence)
         only = self._next_precision()
         room = self.max_rows - sum(s.pending == 1 for s in self.running)
         chunks: list[Chunk] = []
@@ -51,8 +66,9 @@ class Scheduler:
             index += 1
             rows = 1 if sequence.pending == 1 else min(sequence.pending, room)
             chunk = self._chunk(sequence, rows, only)
-            if chunk is None or not self._reserve(sequence, chunk.stop):
+            if chunk is None or self.prefixes.waits(sequence) or not self._reserve(sequence, chunk.stop):
                 continue
+            self.prefixes.note(chunk)
             room -= len(chunk.precisions) if sequence.pending > 1 else 0
             chunks.append(chunk)
         return chunks
@@ -61,6 +77,17 @@ class Scheduler:
         """Give `sequence`, the only one that runs, blocks for `positions` that it may need in this step."""
         assert self.running == [sequence]
         self._reserve(sequence, positions)
+
+    def filled(self, sequence: Sequence, precisions: list[Single]) -> None:
+        """Take over that the next rows of `sequence` are in the KV cache, at `precisions`."""
+        self.prefixes.keep(sequence, precisions)
+        if self.window is None:
+            return
+        behind = min(max(sequence.computed - self.window + 1, 0) // BLOCK, len(sequence.blocks) - 1)
+        if behind > sequence.behind:
+            self.pool.give_back(sequence.blocks[sequence.behind : behind])
+            sequence.blocks[:behind] = sequence.blocks[behind : behind + 1] * behind
+            sequence.behind = behind
 
     def _chunk(self, sequence: Sequence, rows: int, only: Single | None) -> Chunk | None:
         precisions = sequence.row_precisions(sequence.computed, sequence.computed + rows)
@@ -75,8 +102,11 @@ class Scheduler:
         """Start waiting sequences while there is a place, and blocks for all their present tokens."""
         promised = sum(max(blocks_for(len(s.tokens)) - len(s.blocks), 0) for s in self.running)
         while self.waiting and len(self.running) < self.max_batch:
-            promised += blocks_for(len(self.waiting[0].tokens))
+            first = self.waiting[0]
+            self.prefixes.reuse(first)
+            promised += blocks_for(len(first.tokens)) - len(first.blocks)
             if promised > self.pool.free:
+                self._release(first)
                 return
             self.running.append(self.waiting.popleft())
 
@@ -105,5 +135,5 @@ class Scheduler:
         return True
 
     def _release(self, sequence: Sequence) -> None:
-        self.pool.give_back(sequence.blocks)
-        sequence.blocks, sequence.computed = [], 0
+        self.pool.give_back(sequence.blocks[sequence.behind :])
+        sequence.restart()

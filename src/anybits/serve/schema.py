@@ -166,12 +166,19 @@ class ErrorAnswer(BaseModel):
     error: ErrorBody
 
 
+class PromptTokensDetails(BaseModel):
+    """cached_tokens: how many of the prompt's tokens an earlier request had computed at the same precision."""
+
+    cached_tokens: int
+
+
 class Usage(BaseModel):
     """Token counts; completion_tokens_by_precision: bits or profile -> tokens generated at them."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
     completion_tokens_by_precision: dict[str, int]
 
 

@@ -47,7 +47,15 @@ class Sequence:
         self.tokens = list(self.prompt)
         self.sampler = Sampler(self.sampling)
         self.computed = 0
+        self.computed_at: list[Single] = []
+        """Precision of every computed position."""
         self.blocks: list[int] = []
+        """Blocks of the positions in order; those before `behind` only repeat the first that is left."""
+        self.behind = 0
+        self.keys: list[bytes] = []
+        """Keys of the computed full blocks, as far as prefixes are reused."""
+        self.reused: Counter[Single] = Counter()
+        """Precision -> positions of the prompt that were found computed."""
         self.generated_at: Counter[Single] = Counter()
         self.counts: Counter[int] = Counter()
         self.first_token: float | None = None
@@ -68,6 +76,18 @@ class Sequence:
         now = self.choice.precision
         early = max(min(len(self.prompt), stop) - start, 0)
         return [now if self.prefill is None else self.prefill] * early + [now] * (stop - start - early)
+
+    def fill(self, precisions: list[Single]) -> None:
+        """Count the next rows as computed at `precisions`."""
+        self.computed_at += precisions
+        self.computed = len(self.computed_at)
+
+    def restart(self) -> None:
+        """Forget what was computed: the blocks have been given back."""
+        self.computed, self.behind = 0, 0
+        self.computed_at, self.blocks, self.keys = [], [], []
+        if not self.generated:
+            self.reused.clear()
 
     def append(self, token: int, precision: Single) -> None:
         """Take a generated token over, and finish when it ends the text or was the last allowed."""

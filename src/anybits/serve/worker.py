@@ -192,7 +192,7 @@ class Worker:
         self.metrics.token(token.precision)
         if sequence.first_token is None:
             sequence.first_token = now
-            self.metrics.first_token(token.precision, len(sequence.prompt), now - sequence.arrived)
+            self.metrics.first_token(token.precision, len(sequence.prompt), now - sequence.arrived, sequence.reused)
         finish = token.finish
         is_end = finish == "stop"  # the token that ends a text is no part of it
         text = "" if is_end else job.text.push(token.token)
@@ -252,6 +252,7 @@ class Worker:
                 for (precision, draft), pair in list(self.engine.speculation.pairs.items())
             },
             kv_used=scheduler.pool.used,
+            kv_cached=scheduler.pool.cached,
             kv_total=scheduler.pool.total,
             auto=auto,
         )
