@@ -130,6 +130,15 @@ def test_prompts_of_newcomers_are_no_reason_to_fall_unless_they_keep_coming() ->
     assert seen[-1] == 2
 
 
+def test_steps_that_only_read_prompts_say_nothing_of_the_time_of_a_token() -> None:
+    clock = Clock(Controller((2, 3, 4), Targets(tpot_ms=38)))
+    for _ in range(200):
+        clock.now += 0.2
+        clock.controller.observe(Load(clock.now, 0.2, 0.0, decoded=0))
+        clock.steps(1, 9)
+    assert clock.controller.changes == {}
+
+
 def test_a_burst_after_idle_steps_is_seen_within_a_few() -> None:
     clock = Clock(Controller((2, 3, 4), Targets(tpot_ms=34)))
     assert set(clock.steps(300, 3)) == {4}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from dataclasses import dataclass
-from statistics import fmean, median
+from statistics import median
 
 RECENT = 5
 """Steps whose median says how long a step takes now: the prompts of newcomers make single steps many times as long."""
 
-MEMORY = 32
+MEMORY = 64
 """Steps whose mean says what requests get, prompts of others included: about as many as a short answer has tokens."""
 
 PATIENCE = 3
@@ -32,19 +32,23 @@ class Targets:
 
 @dataclass(frozen=True)
 class Load:
-    """One step as the policy sees it: how long it took a token, and how long the oldest request waits for its first."""
+    """One step as the policy sees it: how long it took a token, and how long the oldest request waits for its first.
+
+    decoded: tokens of the step that were not the first of their answer: as many requests felt how long it took.
+    """
 
     now: float
     step_s: float
     oldest_wait_s: float
+    decoded: int = 1
 
 
 class Controller:
     """The present precision for one pair of targets; all automatic requests with these targets share it.
 
-    It falls when a target is missed for PATIENCE steps, by the median of the last few steps or by the mean of many: the
-    one sees a burst at once, the other steps that are slow again and again. It rises after the hold when the targets
-    would still be met if time grew like the planes that are read, which is the most that it can grow.
+    It falls when a target is missed for PATIENCE steps, by the median of the last few steps or by the mean of many over
+    the tokens that they brought: the one sees a burst at once, the other what prompts cost who decodes. It rises after
+    the hold when the targets would still be met if time grew like the planes that are read, the most it can grow.
     """
 
     def __init__(self, precisions: tuple[int, ...], targets: Targets) -> None:
@@ -54,7 +58,7 @@ class Controller:
         self._level = len(precisions) - 1
         self._hold = HOLD_S
         self._seen = self._rose = float("-inf")
-        self._steps: deque[float] = deque(maxlen=MEMORY)
+        self._steps: deque[tuple[float, int]] = deque(maxlen=MEMORY)  # seconds, tokens after the first
         self._missed, self._relaxed_since = 0, 0.0
 
     @property
@@ -68,8 +72,9 @@ class Controller:
             self._level, self._hold = len(self._precisions) - 1, HOLD_S
             self._forget_load(load.now)
         self._seen = load.now
-        self._steps.append(load.step_s)
-        typical, mean = median(list(self._steps)[-RECENT:]), fmean(self._steps)
+        if load.decoded:
+            self._steps.append((load.step_s, load.decoded))
+        typical, mean = self._step_s()
         lasting = mean if len(self._steps) == MEMORY else 0.0
         self._missed = self._missed + 1 if self._pressure(load, max(typical, lasting)) > 1 else 0
         if self._pressure(load, max(typical, mean)) * self._growth() > 1:
@@ -80,6 +85,13 @@ class Controller:
         elif load.now - self._relaxed_since >= self._hold and self._level + 1 < len(self._precisions):
             self._rose = load.now
             self._move(+1, load.now)
+
+    def _step_s(self) -> tuple[float, float]:
+        """Return the median time of the last steps, and the mean time of a token over all that are remembered."""
+        if not self._steps:
+            return 0.0, 0.0
+        recent = median(seconds for seconds, _ in list(self._steps)[-RECENT:])
+        return recent, sum(s * n for s, n in self._steps) / sum(n for _, n in self._steps)
 
     def _pressure(self, load: Load, step_s: float) -> float:
         """Return time over target when a token takes `step_s`: above 1 a target is missed."""

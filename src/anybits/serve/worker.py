@@ -131,6 +131,7 @@ class Worker:
         now = time.monotonic()
         for sequence in self.engine.failed:
             self._end(sequence, "error")
+        decoded = sum(token.sequence.first_token is not None for token in tokens)
         for token in tokens:
             if token.sequence not in self._jobs:
                 continue  # an earlier token of the same round completed a stop string
@@ -143,7 +144,7 @@ class Worker:
         self.after_step()
         if tokens or not self.engine.idle:
             most = max(Counter(token.sequence for token in tokens).values(), default=1)
-            self.policy.observe(Load(now, (now - started) / most, self._oldest_wait(now)))
+            self.policy.observe(Load(now, (now - started) / most, self._oldest_wait(now), decoded))
 
     def _take(self) -> bool:
         """Bring new and cancelled jobs to the engine, waiting for one when it is idle; False ends the thread."""
