@@ -7,13 +7,16 @@ from dataclasses import dataclass
 from statistics import median
 
 RECENT = 5
-"""Steps whose median says how long a step takes now: the prompts of newcomers make single steps many times as long."""
+"""Steps whose median, times the growth of a rise, must meet the target: one quick step is no room."""
 
 MEMORY = 64
 """Steps whose mean says what requests get, prompts of others included: about as many as a short answer has tokens."""
 
 PATIENCE = 3
-"""Steps in a row above a target before the precision falls: one slow step is no load."""
+"""The precision falls when steps were late by one target in sum, of which one step counts at most this fraction.
+
+So the fewest steps are three, however slow: a single one, slow for a newcomer's prompt, is no load.
+"""
 
 HOLD_S = 1.0
 """Seconds with room to spare before the precision rises, and of silence before it starts at the top again."""
@@ -46,9 +49,10 @@ class Load:
 class Controller:
     """The present precision for one pair of targets; all automatic requests with these targets share it.
 
-    It falls when a target is missed for PATIENCE steps, by the median of the last few steps or by the mean of many over
-    the tokens that they brought: the one sees a burst at once, the other what prompts cost who decodes. It rises after
-    the hold when the targets would still be met if time grew like the planes that are read, the most it can grow.
+    It falls when time above the target has added up, less time below it (Page's cumulative sum, 1954): far above it at
+    once, slightly above it after a while, for a short spell not at all. Steps count, and beside them the mean of many
+    over the tokens that they brought, which has what prompts cost who decodes. It rises after the hold when the targets
+    would still be met if time grew like the planes that are read, the most it can grow.
     """
 
     def __init__(self, precisions: tuple[int, ...], targets: Targets) -> None:
@@ -59,7 +63,7 @@ class Controller:
         self._hold = HOLD_S
         self._seen = self._rose = float("-inf")
         self._steps: deque[tuple[float, int]] = deque(maxlen=MEMORY)  # seconds, tokens after the first
-        self._missed, self._relaxed_since = 0, 0.0
+        self._excess, self._relaxed_since = 0.0, 0.0  # excess: time above the target, in targets
 
     @property
     def precision(self) -> int:
@@ -75,11 +79,14 @@ class Controller:
         if load.decoded:
             self._steps.append((load.step_s, load.decoded))
         typical, mean = self._step_s()
-        lasting = mean if len(self._steps) == MEMORY else 0.0
-        self._missed = self._missed + 1 if self._pressure(load, max(typical, lasting)) > 1 else 0
+        pressure = self._pressure(load, load.step_s if load.decoded else 0.0)
+        if len(self._steps) == MEMORY and (lasting := self._pressure(load, mean)) > 1:
+            pressure = max(pressure, lasting)
+        if load.decoded or pressure > 1:
+            self._excess = max(0.0, self._excess + min(pressure - 1, 1 / PATIENCE))
         if self._pressure(load, max(typical, mean)) * self._growth() > 1:
             self._relaxed_since = load.now
-        if self._missed >= PATIENCE and self._level > 0:
+        if self._excess > 0.999 and self._level > 0:
             self._hold = min(2 * self._hold, MAX_HOLD_S) if load.now - self._rose < 2 * self._hold else HOLD_S
             self._move(-1, load.now)
         elif load.now - self._relaxed_since >= self._hold and self._level + 1 < len(self._precisions):
@@ -112,7 +119,7 @@ class Controller:
     def _forget_load(self, now: float) -> None:
         """Start measuring again: times of another precision say nothing about this one."""
         self._steps.clear()
-        self._missed, self._relaxed_since = 0, now
+        self._excess, self._relaxed_since = 0.0, now
 
 
 class Policy:
