@@ -7,9 +7,11 @@
                                                   bursts with idle phases: quality and share of requests on time,
                                                   every static precision and auto
 
-`auto` takes `anybits eval --json` of the served model; quality is the mean ln-likelihood of a held-out token at the
-precisions that wrote the answers. Unless --target-ms is given, the target lies between what a burst takes at the lowest
-and at the highest precision. Give --pid of the server for tokens per processor second as well.
+`auto` takes `anybits eval --reference FLOAT --json` of a trained model; quality is the mean, over generated tokens, of
+the gap in ln perplexity to the float model at the precision that generated each. The served model may be another one,
+of random weights (random_checkpoint.py): it gives the times. Unless --target-ms is given, the target is the geometric
+mean of what a burst takes at the highest precision and at the one below.
+Give --pid of the server for tokens per processor second as well.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import math
 import random
 import statistics
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,7 +52,7 @@ class Bench:
         self.args, self.rng = args, random.Random(args.seed)
         text = args.text.read_text(encoding="utf-8") if args.text else "abcdefgh " * 2000
         starts = [self.rng.randrange(max(1, len(text) - 600)) for _ in range(40)]
-        self.prompts = [text[s : s + self.rng.randint(20, 200)] for s in starts]
+        self.prompts = [text[s : s + self.rng.randint(20, args.prompt_chars)] for s in starts]
 
     def load(self, **what: object) -> tuple[Client, Load]:
         """Return a client and its options."""
@@ -118,46 +121,84 @@ async def overload(bench: Bench) -> dict:
 
 
 async def auto(bench: Bench) -> dict:
-    """Bursts and idle phases at every static precision and at auto, in turn."""
+    """Idle phases and bursts at every static precision and at auto, in turn; every round is judged by itself."""
     args = bench.args
-    table = json.loads(args.quality.read_text())["results"]
-    loglik = {str(row["precision"]): -math.log(row["perplexity"]) for row in table}
+    report = json.loads(args.quality.read_text())
+    gaps = {
+        str(row["precision"]): math.log(row["perplexity"] / report["reference"]["perplexity"])
+        for row in report["results"]
+    }
     target = args.target_ms or await _target_ms(bench)
-    rows: dict[str, dict] = {}
-    seen: dict[str, list[Result]] = {str(p): [] for p in [*args.precisions, "auto"]}
-    for _ in range(args.rounds):
-        for name, results in seen.items():
-            precision = name if name == "auto" else int(name)
+    names = [*map(str, args.precisions), "auto"]
+    rounds = []
+    for turn in range(args.rounds):
+        rows = {}
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            results: list[Result] = []
             for clients, each in ((1, args.idle), (args.clients, args.burst)) * args.phases:
-                part = await bench.closed(clients, clients * each, [precision], target_tpot_ms=target)
+                wanted = [name if name == "auto" else int(name)]
+                part = await bench.closed(clients, clients * each, wanted, target_tpot_ms=target)
                 results += part["results"]
             await asyncio.sleep(1.5)  # auto forgets the load after a second of silence
-    for name, results in seen.items():
-        done = [r for r in results if r.tpot is not None and not r.error]
-        tokens = sum(n for r in done for n in r.used.values())
-        rows[name] = {
-            "on_time": round(sum(1000 * r.tpot <= target for r in done if r.tpot) / len(done), 3),
-            "mean_loglik": round(sum(n * loglik[str(p)] for r in done for p, n in r.used.items()) / tokens, 4),
-            "mean_bits": round(sum(n * int(p) for r in done for p, n in r.used.items()) / tokens, 2),
-            "tpot_p50_ms": round(1000 * percentile([r.tpot for r in done if r.tpot], 0.5), 1),
-        }
-    equal = [n for n, row in rows.items() if n != "auto" and row["on_time"] >= rows["auto"]["on_time"] - args.tolerance]
+            rows[name] = _policy_row(results, gaps, target) | {"seconds": round(sum(r.last for r in results), 1)}
+            rows[name]["meets_target"] = rows[name]["on_time"] >= args.share
+        rounds.append({name: rows[name] for name in names})
     return {
-        "claim": "auto beats every static precision that is on time as often",
+        "claim": "every static precision misses the target that auto meets, or writes worse than auto, in every round",
         "target_tpot_ms": round(target, 2),
-        "policies": rows,
-        "static_as_often_on_time": equal,
-        "auto_wins": all(rows["auto"]["mean_loglik"] > rows[n]["mean_loglik"] for n in equal),
+        "share_that_meets": args.share,
+        "rounds": rounds,
+        "auto_wins": [_auto_wins(rows) for rows in rounds],
     }
 
 
+def _policy_row(results: list[Result], gaps: dict[str, float], target: float) -> dict:
+    """Return times per token, share on time, and the mean gap in ln perplexity over all generated tokens."""
+    done = [r for r in results if r.tpot is not None and not r.error]
+    if len(done) < len(results):
+        raise SystemExit(f"{len(results) - len(done)} requests failed: {[r.error or r.status for r in results][:3]}")
+    used = sum((r.used for r in done), Counter())
+    paces = [1000 * r.tpot for r in done if r.tpot is not None]
+    return {
+        "requests": len(done),
+        "on_time": round(sum(pace <= target for pace in paces) / len(paces), 3),
+        "tpot_p50_ms": round(percentile(paces, 0.5), 1),
+        "tpot_p99_ms": round(percentile(paces, 0.99), 1),
+        "ln_ppl_gap": round(sum(n * gaps[str(p)] for p, n in used.items()) / used.total(), 5),
+        "mean_bits": round(sum(n * int(p) for p, n in used.items()) / used.total(), 2),
+        "tokens_by_precision": {str(p): used[p] for p in sorted(used)},
+    }
+
+
+def _auto_wins(rows: dict[str, dict]) -> bool:
+    """Return whether auto meets the target, and each static precision misses it or has a larger gap."""
+    auto = rows["auto"]
+    others = [row for name, row in rows.items() if name != "auto"]
+    return auto["meets_target"] and all(
+        not row["meets_target"] or row["ln_ppl_gap"] > auto["ln_ppl_gap"] for row in others
+    )
+
+
 async def _target_ms(bench: Bench) -> float:
-    """Return a time per token that a burst meets at the lowest precision and misses at the highest."""
+    """Return a time per token that a burst misses at the highest precision and meets at the next lower one."""
     paces = []
-    for p in (bench.args.precisions[0], bench.args.precisions[-1]):
-        part = await bench.closed(bench.args.clients, 2 * bench.args.clients, [p])
+    for p in bench.args.precisions[-2:]:
+        part = await bench.closed(bench.args.clients, 4 * bench.args.clients, [p])
         paces.append(statistics.median(1000 * r.tpot for r in part["results"] if r.tpot))
     return math.sqrt(paces[0] * paces[1])
+
+
+def append_lines(figures: dict, args: argparse.Namespace) -> None:
+    """Append what `auto` measured to args.out, one line a round and policy."""
+    from common import about_run
+
+    about = about_run() | {"threads": args.server_threads}
+    with args.out.open("a", encoding="utf-8") as out:
+        for number, rows in enumerate(figures["rounds"], 1):
+            for name, row in rows.items():
+                flat = {key: value for key, value in row.items() if key != "tokens_by_precision"}
+                line = {"round": number, "policy": name, "target_ms": figures["target_tpot_ms"], **flat}
+                out.write(json.dumps(line | {"table": "automatic precision", **about}) + "\n")
 
 
 def main() -> None:
@@ -178,10 +219,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60, help="overload: how long")
     parser.add_argument("--quality", type=Path, help="auto: JSON of anybits eval on the served model")
     parser.add_argument("--target-ms", type=float, help="auto: milliseconds a token may take")
+    parser.add_argument("--prompt-chars", type=int, default=200, help="longest prompt")
     parser.add_argument("--phases", type=int, default=2, help="auto: idle and burst phases of a round")
-    parser.add_argument("--idle", type=int, default=24, help="auto: requests of an idle phase, one after another")
-    parser.add_argument("--burst", type=int, default=2, help="auto: requests of each client in a burst")
-    parser.add_argument("--tolerance", type=float, default=0.02, help="auto: share on time that counts as equal")
+    parser.add_argument("--idle", type=int, default=12, help="auto: requests of an idle phase, one after another")
+    parser.add_argument("--burst", type=int, default=4, help="auto: requests of each client in a burst")
+    parser.add_argument("--share", type=float, default=0.95, help="auto: share of requests that must be on time")
+    parser.add_argument("--out", type=Path, help="auto: append a line for each round and policy to this file")
+    parser.add_argument("--server-threads", type=int, default=1, help="auto: what the lines say of the server")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args()
@@ -192,6 +236,8 @@ def main() -> None:
     print(json.dumps(figures, indent=2))
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2) + "\n")
+    if args.out and args.claim == "auto":
+        append_lines(figures, args)
 
 
 if __name__ == "__main__":
