@@ -136,6 +136,7 @@ VARIANTS: dict[str, Variant] = {
     "+ descent": (run_recipe, {"data_aware": replace(OURS, balancing=0, correction=0.0)}),
     "+ balanced start": (run_recipe, {"data_aware": replace(OURS, correction=0.0)}),
     "ours, default": (run_recipe, {}),
+    "ours, default, 8-bit scales": (run_recipe, {"scale_bits": 8}),
     "ours, default, alone": (alone, {}),
     "ours, best": (run_recipe, {"preset": "best"}),
     "ours, best, alone": (alone, {"preset": "best"}),
@@ -199,7 +200,8 @@ def measure(arguments: argparse.Namespace) -> None:
                 print(f"{arguments.minutes} minutes are over: repeat the command to go on")
                 return
             precisions = parse_precisions(arguments.precisions)
-            start = Recipe(precisions=precisions, seed=seed, samples=arguments.samples, steps=arguments.steps)
+            settings = {"samples": arguments.samples, "steps": arguments.steps, "scale_bits": 16}
+            start = Recipe(precisions=precisions, seed=seed, **settings)
             recipe = replace(start, **changes)
             worked = time.process_time()
             dense = run(Job(model, calibration, recipe))

@@ -394,8 +394,8 @@ def test_benchmark_yields_what_it_promises(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "_BANDWIDTH_BYTES", 1 << 20)
     file = tmp_path / "k.json"
     torch.use_deterministic_algorithms(False)
-    timings = list(bench_kernels("96x160,64x64", "2,3", rows=(1, 3), rounds=1, group_size=32, json_file=file))
-    assert len(timings) == 2 * 2 * 2 * 2
+    timings = list(bench_kernels("96x160,64x64", "2,3", (1, 3), benchmark.TIMED, 32, rounds=1, json_file=file))
+    assert len(timings) == 2 * 2 * 2 * 3
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     keys = "shape m precision method backend us bytes gb_per_s bandwidth_share speedup_vs_bf16".split()  # noqa: SIM905
     assert all(set(keys) <= set(line) for line in lines)

@@ -130,7 +130,9 @@ def bench(
     ] = "llama-3.1-8b",
     precisions: Annotated[str, typer.Option(help="Precisions to time.")] = "2-4",
     rows: Annotated[str, typer.Option(help="Rows of activations, comma-separated.")] = "1",
-    methods: Annotated[str, typer.Option(help="Levels to time, comma-separated.")] = "anybcq,any-precision",
+    methods: Annotated[
+        str, typer.Option(help="Levels to time, comma-separated; also anybcq-8bit.")
+    ] = "anybcq,any-precision",
     rounds: Annotated[int, typer.Option(help="Times that everything is measured in turn; medians are shown.")] = 5,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     json_: Annotated[Path | None, typer.Option("--json", help="Write one JSON object a line.")] = None,

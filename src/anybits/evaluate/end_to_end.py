@@ -16,7 +16,7 @@ from torch import nn
 
 from anybits.config import parse_precisions
 from anybits.errors import AnybitsError
-from anybits.evaluate.kernels import METHODS, check_kernels, random_weight
+from anybits.evaluate.kernels import TIMED, check_kernels, random_weight
 from anybits.integrations import random_model
 from anybits.linear import PlaneLinear
 from anybits.precision import ModelPrecision
@@ -79,8 +79,8 @@ def bench_decoding(
     wanted = parse_precisions(precisions)
     if model not in MODELS:
         raise AnybitsError(f"shapes '{model}' have no end-to-end timing: choose {' or '.join(MODELS)}")
-    if method not in METHODS:
-        raise AnybitsError(f"method '{method}' is unknown: choose {' or '.join(METHODS)}")
+    if method not in TIMED:
+        raise AnybitsError(f"method '{method}' is unknown: choose {' or '.join(TIMED)}")
     if not contexts or min(contexts) < 1 or rounds < 1:
         raise AnybitsError(f"contexts {list(contexts)} and rounds {rounds} must be at least 1")
     sizes = MODELS[model]
@@ -156,7 +156,7 @@ def _random_linear(like: nn.Linear, method: str, precisions: Sequence[int]) -> P
     if (*shape, method) not in _checked:
         check_kernels(weight, method, precisions)
         _checked.add((*shape, method))
-    group = _GROUP if method == "anybcq" else None
+    group = None if method == "any-precision" else _GROUP
     made = PlaneLinear(shape[1], shape[0], group, ModelPrecision(precisions[-1]), dtype=torch.bfloat16)
     made.set_plane_weight(weight)
     return made

@@ -18,6 +18,7 @@ from anybits.config import parse_precisions
 from anybits.errors import AnybitsError
 from anybits.kernels import backend as kernels
 from anybits.kernels import cpu
+from anybits.quantize.steps import in_steps
 from anybits.weight import AffineLevels, CodebookLevels, Levels, PlaneWeight, group_count
 
 SHAPES: dict[str, tuple[tuple[int, int], ...]] = {
@@ -31,6 +32,8 @@ SHAPES: dict[str, tuple[tuple[int, int], ...]] = {
 """The linear layers `[N, K]` of a decoder block, each distinct shape once."""
 
 METHODS = ("anybcq", "any-precision")
+TIMED = (*METHODS, "anybcq-8bit")
+"""What can be timed on the CPU: methods as they are stored by default, and AnyBCQ with scales in 8 bits."""
 _BEYOND_CACHE = 128 << 20  # bytes of copies that are read in turn, so that none waits in a cache
 _BANDWIDTH_BYTES = 256 << 20
 _CHECKED_ROWS = 256
@@ -93,8 +96,8 @@ def bench_kernels(
     AnybitsError instead of being timed. json_file gets one JSON object a line.
     """
     wanted = parse_precisions(precisions)
-    if unknown := sorted(set(methods) - set(METHODS)):
-        raise AnybitsError(f"method '{unknown[0]}' is unknown: choose {' or '.join(METHODS)}")
+    if unknown := sorted(set(methods) - set(TIMED)):
+        raise AnybitsError(f"method '{unknown[0]}' is unknown: choose {' or '.join(TIMED)}")
     if not rows or min(rows) < 1 or rounds < 1:
         raise AnybitsError(f"rows {list(rows)} and rounds {rounds} must be at least 1")
     pairs = parse_shapes(shapes)
@@ -123,7 +126,7 @@ def bench_on(device: str) -> Callable[..., Iterator[KernelTiming]]:
 
 
 def random_weight(shape: tuple[int, int], method: str, precisions: Sequence[int], group_size: int = 128) -> PlaneWeight:
-    """Return random planes `[P, N, ceil(K/32)]` with fp16 levels for `precisions`."""
+    """Return random planes `[P, N, ceil(K/32)]` with levels for `precisions`; method: one of TIMED."""
     n, k = shape
     planes = torch.randint(-(2**31), 2**31 - 1, (max(precisions), n, bits.words(k)), dtype=torch.int32)
     levels: Levels
@@ -133,6 +136,8 @@ def random_weight(shape: tuple[int, int], method: str, precisions: Sequence[int]
         groups = group_count(group_size, k)
         scales = {p: (torch.rand(p, n, groups) * 0.1).half() for p in precisions}
         levels = AffineLevels(group_size, scales, {p: (torch.randn(n, groups) * 0.05).half() for p in precisions})
+        if method == "anybcq-8bit":
+            levels = in_steps(levels)
     return PlaneWeight(planes, k, levels)
 
 
