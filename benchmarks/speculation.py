@@ -95,6 +95,9 @@ def make_model(method: str, layers: int, distinct: int) -> tuple[Any, int]:
                 weights += shape[0] * shape[1]
     random_model.fill(model)
     model.tie_weights()
+    # One token far above the others: random logits are all near ties, which a verifying pass computes again row by row.
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(sizes["vocab_size"], dtype=torch.bfloat16), requires_grad=False)
+    model.lm_head.bias[0] = 64
     random_model.repeat_layers(model, layers)
     return model, weights * layers // distinct
 

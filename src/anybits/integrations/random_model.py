@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from anybits.integrations import transformers as hf
+from anybits.integrations.decode_attention import use_decode_attention
 
 
 def llama(sizes: dict[str, Any], distinct: int) -> hf.PreTrainedModel:
@@ -21,6 +22,7 @@ def llama(sizes: dict[str, Any], distinct: int) -> hf.PreTrainedModel:
         model = hf.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     layers = list(model.model.layers)[:distinct]
     model.model.layers = nn.ModuleList(layers)
+    use_decode_attention(model)
     return model
 
 

@@ -18,9 +18,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from anybits.integrations import decode_attention
 from anybits.integrations import transformers as hf
 
-BASES: dict[str, Callable[..., tuple[torch.Tensor, None]]] = {"sdpa": hf.sdpa_attention}
+BASES: dict[str, Callable[..., tuple[torch.Tensor, None]]] = {
+    "sdpa": hf.sdpa_attention,
+    decode_attention.NAME: decode_attention.attend,
+}
 """Implementations of attention whose rows can be run one by one: a mask of theirs says nothing but what is past."""
 
 _verifying: ContextVar[bool] = ContextVar("anybits_verifying", default=False)

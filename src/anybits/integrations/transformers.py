@@ -127,6 +127,9 @@ class AnybitsQuantizer(HfQuantizer):
         model.anybits_bytes_read = self.reader.bytes_read
         self.reader = None
         attach_precision(model, self.default)
+        from anybits.integrations import decode_attention  # it builds on this module
+
+        decode_attention.use_decode_attention(model)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

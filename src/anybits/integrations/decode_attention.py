@@ -1,0 +1,58 @@
+"""Decode attention on the CPU: one new position of each sequence, as two products over whole key heads.
+
+torch's fused attention is made for many queries. With one, in bfloat16 on a CPU without AMX, it takes ten to twenty
+times as long as the two products that it stands for; with AMX it is as fast. Everything but that stays with torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from anybits.integrations import transformers as hf
+
+NAME = "anybits_decode"
+
+_ELSEWHERE = ("softcap", "s_aux", "position_bias", "cache")
+"""Arguments that only other attention functions know what to do with."""
+
+
+def attend(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Return `[B, M, H, Dv]` for query `[B, H, M, D]`, key `[B, Hkv, L, D]` and value `[B, Hkv, L, Dv]`.
+
+    attention_mask: bool (True is seen) or added to the scores, broadcast to `[B, H, M, L]`. M = 1 in bfloat16 on a CPU
+    is computed here: products in bfloat16, the softmax in float32, as transformers' eager attention does.
+    """
+    plain = not kwargs.get("dropout") and all(kwargs.get(name) is None for name in _ELSEWHERE)
+    here = query.shape[2] == 1 and query.dtype == torch.bfloat16 and query.device.type == "cpu"
+    if not here or query.requires_grad or not plain:
+        return hf.sdpa_attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    batch, heads, _, dim = query.shape
+    kv_heads, length = key.shape[1:3]
+    grouped = query.reshape(batch, kv_heads, heads // kv_heads, dim)
+    scores = (grouped @ key.transpose(-1, -2)).float() * (dim**-0.5 if scaling is None else scaling)
+    if attention_mask is not None:
+        mask = attention_mask
+        if mask.shape[1] != 1:
+            mask = mask.expand(batch, heads, 1, length).reshape(scores.shape)
+        scores = scores.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    out = scores.softmax(-1).to(value.dtype) @ value
+    return out.reshape(batch, 1, heads, -1), None
+
+
+hf.register_attention(NAME, attend, like="sdpa")
+
+
+def use_decode_attention(model: Any) -> None:
+    """Switch `model` to this one where torch's fused attention is slow; models that chose another keep theirs."""
+    if model.config._attn_implementation == "sdpa" and not torch.cpu._is_amx_tile_supported():
+        model.set_attn_implementation(NAME)
