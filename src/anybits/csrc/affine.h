@@ -121,6 +121,11 @@ void affine_activations(const Call &c, int row, float *floats) {
     }
 }
 
+constexpr int64_t STREAM_AHEAD = 4096;  // bytes of each plane that are fetched ahead
+
+// Into the second-level cache: the first level's few buffers for misses would bound the bandwidth of a core.
+inline void fetch_ahead(const uint8_t *at) { __builtin_prefetch(at, 0, 2); }
+
 // What the inner loop needs of the rows of x that go through it together.
 template <int MC>
 struct Chunk {
@@ -150,6 +155,7 @@ void affine_tile(const Header *h, int precision, int64_t tile, int64_t first, in
     const int64_t block_steps = h->block_columns / STEP, step_bytes = I::TILE * 4;
     const uint8_t *planes = plane_at(h, 0, tile), *levels = affine_levels_at(h, precision, tile);
     const float *steps_of_rows = affine_steps_at(h, precision, tile);
+    const int64_t level_ahead = prefetch == STREAM_AHEAD ? STREAM_AHEAD : h->groups * entries * level_bytes;
     F y[MC][FV];
     for (int m = 0; m < MC; m++)
         for (int f = 0; f < FV; f++) y[m][f] = I::load(chunk.y[m] + f * I::LANES);
@@ -158,15 +164,14 @@ void affine_tile(const Header *h, int precision, int64_t tile, int64_t first, in
         const int steps = STEPS ? STEPS : static_cast<int>(h->steps - step < block_steps ? h->steps - step : block_steps);
         const uint8_t *at = planes + step * step_bytes;
         const uint8_t *level = levels + block / h->blocks_per_group * entries * level_bytes;
-        __builtin_prefetch(level + 512);
-        __builtin_prefetch(level + 576);
+        for (int64_t i = 0; i < 128; i += 64) fetch_ahead(level + level_ahead + i);
         const uint8_t *tables[MC];
         for (int m = 0; m < MC; m++) tables[m] = chunk.tables[m] + step * TABLE;
         F z[MC][FV];
         for (int m = 0; m < MC; m++)
             for (int f = 0; f < FV; f++) z[m][f] = I::zero();
         for (int b = 0; b < precision; b++, at += h->plane_stride, level += level_bytes) {
-            for (int64_t i = 0; i < steps * step_bytes; i += 64) __builtin_prefetch(at + prefetch + i);
+            for (int64_t i = 0; i < steps * step_bytes; i += 64) fetch_ahead(at + prefetch + i);
             F sums[MC][FV];
             I::template lookup<MC, WIDE, STEPS>(at, steps, tables, sums);
             for (int f = 0; f < FV; f++) {
@@ -257,7 +262,6 @@ void affine_piece(const Call &c, Piece piece, float *scratch) {
     }
 }
 
-constexpr int64_t STREAM_AHEAD = 2048;  // bytes of each plane that are fetched ahead
 constexpr int64_t PIECE_COLUMNS = 512;  // columns whose tables, for four rows of x, stay in the first-level cache
 
 template <class I, bool WIDE, int DTYPE>

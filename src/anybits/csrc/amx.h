@@ -201,6 +201,8 @@ inline __attribute__((always_inline)) void affine_tile_block(const Call &c, cons
     }
 }
 
+constexpr int64_t SIGNS_AHEAD = 2048;  // bytes of each plane that are fetched ahead, into the first-level cache
+
 inline void affine_batch(const Call &c, int64_t first, int64_t last, float *scratch) {
     const Header *h = c.weight;
     alignas(64) AffineBuffers buffers;
@@ -220,7 +222,7 @@ inline void affine_batch(const Call &c, int64_t first, int64_t last, float *scra
             const int64_t end = block + at_once < h->blocks ? block + at_once : h->blocks;
             for (int64_t t = 0; t < tiles; t++)
                 for (int64_t b = block; b < end; b++)
-                    affine_tile_block(c, with, tile + t, b, streaming ? STREAM_AHEAD : h->tile_bytes, &buffers,
+                    affine_tile_block(c, with, tile + t, b, streaming ? SIGNS_AHEAD : h->tile_bytes, &buffers,
                                       scratch + t * c.rows * 16);
         }
         store_tiles<Avx512>(c, tile, tiles, scratch);

@@ -11,7 +11,7 @@ struct Avx512 {
     using V = __m512i;
     using F = __m512;
     static constexpr int TILE = 16, LANES = 16, BYTES = 64;
-    static constexpr int LOOKUP_ROWS = 2, DOT_ROWS = 4;  // rows of x that go through an inner loop together
+    static constexpr int LOOKUP_ROWS = 4, DOT_ROWS = 4;  // rows of x that go through an inner loop together
     static constexpr bool OWN_DEQUANTIZE = true;
     static constexpr bool ROW_WORDS = true;
     static constexpr int TABLE_FLIP = 0;
@@ -57,6 +57,11 @@ struct Avx512 {
         V acc[MC][2];
         for (int m = 0; m < MC; m++) acc[m][0] = acc[m][1] = _mm512_setzero_si512();
         const int count = STEPS ? STEPS : steps;
+        const uint8_t *T[MC];
+        for (int m = 0; m < MC; m++) {
+            T[m] = tables[m];
+            if (MC > 1) asm("" : "+r"(T[m]));  // or the compiler keeps tables from plane to plane, on the stack
+        }
 #pragma GCC unroll 4
         for (int t = 0; t < count; t++) {
             const V v = _mm512_loadu_si512(plane + t * 64);
@@ -64,12 +69,12 @@ struct Avx512 {
             const V high = _mm512_ternarylogic_epi32(_mm512_srli_epi32(v, 4), nibble, place, 0xEA);
 #pragma GCC unroll 8
             for (int m = 0; m < MC; m++) {
-                const uint8_t *T = tables[m] + t * TABLE;
-                acc[m][0] = _mm512_dpbusd_epi32(acc[m][0], top, _mm512_permutexvar_epi8(low, _mm512_loadu_si512(T)));
-                acc[m][1] = _mm512_dpbusd_epi32(acc[m][1], top, _mm512_permutexvar_epi8(high, _mm512_loadu_si512(T + 64)));
+                const uint8_t *at = T[m] + t * TABLE;
+                acc[m][0] = _mm512_dpbusd_epi32(acc[m][0], top, _mm512_permutexvar_epi8(low, _mm512_loadu_si512(at)));
+                acc[m][1] = _mm512_dpbusd_epi32(acc[m][1], top, _mm512_permutexvar_epi8(high, _mm512_loadu_si512(at + 64)));
                 if constexpr (WIDE) {
-                    acc[m][0] = _mm512_dpbusd_epi32(acc[m][0], one, _mm512_permutexvar_epi8(low, _mm512_loadu_si512(T + 128)));
-                    acc[m][1] = _mm512_dpbusd_epi32(acc[m][1], one, _mm512_permutexvar_epi8(high, _mm512_loadu_si512(T + 192)));
+                    acc[m][0] = _mm512_dpbusd_epi32(acc[m][0], one, _mm512_permutexvar_epi8(low, _mm512_loadu_si512(at + 128)));
+                    acc[m][1] = _mm512_dpbusd_epi32(acc[m][1], one, _mm512_permutexvar_epi8(high, _mm512_loadu_si512(at + 192)));
                 }
             }
         }

@@ -110,7 +110,7 @@ void codebook_row(const Call &c, const int *rows, int64_t n, int64_t first, int6
             V planes[P], codes[8];
             for (int b = 0; b < P; b++) {
                 const uint8_t *at = plane + b * h->plane_stride + span * 64 + piece * I::BYTES;
-                if (piece == 0) __builtin_prefetch(at + ahead);
+                if (piece == 0) ahead == STREAM_AHEAD ? fetch_ahead(at + ahead) : __builtin_prefetch(at + ahead);
                 planes[b] = I::load_bytes(at);
             }
             merge_codes<I, P>(planes, codes);

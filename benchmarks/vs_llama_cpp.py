@@ -1,0 +1,183 @@
+"""The CPU kernels beside llama.cpp's: the same shapes, rows, threads and minutes of one machine.
+
+python benchmarks/vs_llama_cpp.py BUILD --out benchmarks/results/vs-llama-cpp.jsonl
+ANYBITS_CPU_ISA=avx2 python benchmarks/vs_llama_cpp.py BUILD_FOR_AVX2 --out benchmarks/results/vs-llama-cpp.jsonl
+
+BUILD is a folder with llama.cpp's shared libraries. 2, 3 and 4 bits stand beside Q2_K, Q3_K and Q4_K, in plain buffers
+and in repacked ones (CPU_REPACK) where the build has them; the faster counts. Each round times every kernel once and the
+read bandwidth of that moment. Products are checked first: ours against float64, ggml's against its own dequantized
+weights. Nothing waits in a cache: copies of 128 MiB and more are read in turn. Here that means:
+
+- ours: one call from Python for each product, and x changes from call to call, so that no table is used twice;
+- ggml: one graph multiplies all copies, so that threads are started once for many products, as in a whole token.
+
+Lines with "n": 0 are a decoder block of Llama-3.1-8B, q + k + v + o + gate + up + down, added up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from anybits.evaluate.kernels import METHODS, SHAPES, copies_beyond_cache, random_weight, read_bandwidth, times_of
+from anybits.kernels import cpu
+
+RIVALS = {2: "q2_K", 3: "q3_K", 4: "q4_K"}
+IN_A_BLOCK = {(4096, 4096): 2, (1024, 4096): 2, (14336, 4096): 2, (4096, 14336): 1}
+LARGEST_ERROR = {"ours": 5e-3, "theirs": 5e-2}  # bf16 results; ggml rounds activations to 8 bits
+PAUSE = 0.1  # seconds after which a library's threads no longer wait actively, so that the other's can work
+_BANDWIDTH_BYTES = 256 << 20
+
+
+class Ggml:
+    """ggml_products.py in a process of its own."""
+
+    def __init__(self, build: Path, threads: int) -> None:
+        command = [sys.executable, str(Path(__file__).parent / "ggml_products.py"), str(build), str(threads)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __call__(self, do: str, **arguments: Any) -> dict[str, Any]:
+        assert self._process.stdin
+        assert self._process.stdout
+        print(json.dumps({"do": do, **arguments}), file=self._process.stdin, flush=True)
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise SystemExit("the process that runs ggml ended")
+        return dict(json.loads(answer))
+
+    def close(self) -> None:
+        assert self._process.stdin
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def ours(shape: tuple[int, int], method: str, rows: Sequence[int]) -> Iterator[tuple[int, int, int, float, Callable]]:
+    """Yield (m, precision, bytes, error, run) of checked products; runs share the copies of one weight."""
+    weight = random_weight(shape, method, list(RIVALS))
+    backend = cpu.CpuBackend()
+    copies = [backend.prepare(weight) for _ in range(copies_beyond_cache(weight.weight_bytes(min(RIVALS))))]
+    for m, p in itertools.product(rows, RIVALS):
+        xs = [torch.randn(m, shape[1]).bfloat16() for _ in range(2)]
+        checked = weight.rows(0, min(256, shape[0]))
+        wanted = xs[0].double() @ checked.dequantize(p).double().t()
+        got = backend.matmul(xs[0], copies[0], p)[:, : checked.out_features].double()
+        error = float((got - wanted).norm() / wanted.norm())
+        turn = itertools.count()
+
+        def run(p: int = p, xs: list[torch.Tensor] = xs, turn: Iterator[int] = turn) -> torch.Tensor:
+            i = next(turn)
+            return backend.matmul(xs[i % 2], copies[i % len(copies)], p)
+
+        yield m, p, weight.weight_bytes(p), error, run
+
+
+def compare(
+    shape: tuple[int, int], rows: Sequence[int], rounds: int, ggml: Ggml, budget: float
+) -> Iterator[dict[str, Any]]:
+    """Yield one line for each m, method and precision; raise SystemExit when a product is wrong."""
+    n, k = shape
+    kernels = [(method, *found) for method in METHODS for found in ours(shape, method, rows)]
+    rivals = {}
+    for p, kind in RIVALS.items():
+        for buffer in ggml("about")["buffers"]:
+            loaded = ggml("load", key=f"{kind} {buffer}", kind=kind, buffer=buffer, n=n, k=k)
+            if loaded["bytes"]:
+                rivals[p, buffer] = f"{kind} {buffer}", loaded["bytes"]
+    memory = cpu.allocate(_BANDWIDTH_BYTES).zero_()
+    for m in rows:
+        mine: dict[tuple[str, int], list[float]] = {}
+        theirs: dict[tuple[int, str], list[float]] = {}
+        errors: dict[tuple[int, str], float] = {}
+        bandwidths = []
+        for _ in range(rounds):
+            bandwidths.append(max(read_bandwidth(memory) for _ in range(3)))
+            for method, rows_here, p, _, _, run in kernels:
+                if rows_here == m:
+                    mine.setdefault((method, p), []).extend(times_of(run, budget=budget))
+            time.sleep(PAUSE)
+            for place, (key, _) in rivals.items():
+                timed = ggml("time", key=key, m=m, budget=budget)
+                theirs.setdefault(place, []).extend(timed["seconds"])
+                errors[place] = timed["error"]
+            time.sleep(PAUSE)
+        bandwidth = statistics.median(bandwidths)
+        medians = {place: statistics.median(seconds) for place, seconds in theirs.items()}
+        for method, rows_here, p, size, error, _ in kernels:
+            if rows_here != m:
+                continue
+            best = min((place for place in medians if place[0] == p), key=medians.__getitem__)
+            if not error < LARGEST_ERROR["ours"] or not errors[best] < LARGEST_ERROR["theirs"]:
+                raise SystemExit(f"wrong products at {shape}, {m} rows, precision {p}: {error:.3g}, {errors[best]:.3g}")
+            us, rival = statistics.median(mine[method, p]) * 1e6, medians[best] * 1e6
+            their_size = rivals[best][1]
+            yield {
+                "table": "products", "n": n, "k": k, "m": m, "precision": p, "method": method,
+                "us": round(us, 1), "llama_cpp_us": round(rival, 1), "speedup": round(rival / us, 2),
+                "gb_per_s": round(size / us / 1e3, 1), "llama_cpp_gb_per_s": round(their_size / rival / 1e3, 1),
+                "read_gb_per_s": round(bandwidth / 1e9, 1), "share": round(size / us * 1e6 / bandwidth, 2),
+                "llama_cpp_share": round(their_size / rival * 1e6 / bandwidth, 2),
+                "bytes": size, "llama_cpp_bytes": their_size, "type": RIVALS[p], "buffer": best[1],
+                "error": round(error, 5), "llama_cpp_error": round(errors[best], 5),
+            }  # fmt: skip
+    for key, _ in rivals.values():
+        ggml("drop", key=key)
+
+
+def blocks(lines: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield a decoder block's sum for each m, method and precision that has every shape."""
+    places = dict.fromkeys((line["m"], line["precision"], line["method"]) for line in lines)
+    for m, p, method in places:
+        here = {(x["n"], x["k"]): x for x in lines if (x["m"], x["precision"], x["method"]) == (m, p, method)}
+        if set(here) != set(IN_A_BLOCK):
+            continue
+        us, rival = (sum(times * here[s][name] for s, times in IN_A_BLOCK.items()) for name in ("us", "llama_cpp_us"))
+        yield {
+            "table": "block", "n": 0, "k": 0, "m": m, "precision": p, "method": method, "us": round(us, 1),
+            "llama_cpp_us": round(rival, 1), "speedup": round(rival / us, 2), "type": RIVALS[p],
+        }  # fmt: skip
+
+
+def main() -> None:
+    """Measure, print and write."""
+    from common import about_run
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("build", type=Path)
+    parser.add_argument("--rows", default="1,4,16,64")
+    parser.add_argument("--shapes", default="", help="NxK,NxK; default: all of llama-3.1-8b")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--budget", type=float, default=0.05, help="seconds of each kernel in a round")
+    parser.add_argument("--out", type=Path, help="JSON lines, appended to")
+    arguments = parser.parse_args()
+    shapes = [tuple(map(int, s.split("x"))) for s in arguments.shapes.split(",") if s] or SHAPES["llama-3.1-8b"]
+    rows = [int(m) for m in arguments.rows.split(",")]
+    ggml = Ggml(arguments.build, torch.get_num_threads())
+    facts = ggml("about")
+    name = os.environ.get("ANYBITS_CPU_ISA") or cpu.ISAS[cpu.library().isa_best()]
+    facts = {"isa": name, "ggml": facts["ggml"], "ggml_features": " ".join(facts["features"])} | about_run()
+    lines = []
+    with torch.inference_mode():
+        for shape in shapes:
+            for line in compare(shape, rows, arguments.rounds, ggml, arguments.budget):
+                lines.append(line)
+                print(json.dumps(line), flush=True)
+    lines += blocks(lines)
+    ggml.close()
+    if arguments.out:
+        with arguments.out.open("a") as file:
+            file.writelines(json.dumps(line | facts) + "\n" for line in lines)
+
+
+if __name__ == "__main__":
+    main()
