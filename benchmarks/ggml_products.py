@@ -27,11 +27,13 @@ BEYOND_CACHE = 128 << 20  # bytes of copies that one graph reads, so that none w
 DISTINCT_ROWS = 64  # rows that are quantized; the others repeat them
 _F32 = 0
 _POINTERS = (
-    "ggml_init ggml_new_tensor_2d ggml_mul_mat ggml_new_graph_custom ggml_get_data ggml_backend_cpu_init "
-    "ggml_backend_cpu_reg ggml_backend_reg_dev_get ggml_backend_reg_get_proc_address ggml_backend_buft_name "
-    "ggml_backend_alloc_ctx_tensors_from_buft ggml_backend_get_default_buffer_type ggml_version"
-).split()
-_SIZES = "ggml_row_size ggml_nbytes ggml_tensor_overhead ggml_graph_overhead_custom ggml_quantize_chunk".split()
+    "ggml_init", "ggml_new_tensor_2d", "ggml_mul_mat", "ggml_new_graph_custom", "ggml_get_data", "ggml_version",
+    "ggml_backend_cpu_init", "ggml_backend_cpu_reg", "ggml_backend_reg_dev_get", "ggml_backend_reg_get_proc_address",
+    "ggml_backend_buft_name", "ggml_backend_alloc_ctx_tensors_from_buft", "ggml_backend_get_default_buffer_type",
+)  # fmt: skip
+_SIZES = (
+    "ggml_row_size", "ggml_nbytes", "ggml_tensor_overhead", "ggml_graph_overhead_custom", "ggml_quantize_chunk",
+)  # fmt: skip
 
 
 class _InitParams(ctypes.Structure):

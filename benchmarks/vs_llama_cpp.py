@@ -5,7 +5,7 @@ ANYBITS_CPU_ISA=avx2 python benchmarks/vs_llama_cpp.py BUILD_FOR_AVX2 --out benc
 
 BUILD is a folder with llama.cpp's shared libraries. 2, 3 and 4 bits stand beside Q2_K, Q3_K and Q4_K, in plain buffers
 and in repacked ones (CPU_REPACK) where the build has them; the faster counts. Each round times every kernel once and the
-read bandwidth of that moment. Products are checked first: ours against float64, ggml's against its own dequantized
+read bandwidth of that moment. A wrong product ends the run: ours against float64, ggml's against its own dequantized
 weights. Nothing waits in a cache: copies of 128 MiB and more are read in turn. Here that means:
 
 - ours: one call from Python for each product, and x changes from call to call, so that no table is used twice;
@@ -82,53 +82,65 @@ def ours(shape: tuple[int, int], method: str, rows: Sequence[int]) -> Iterator[t
         yield m, p, weight.weight_bytes(p), error, run
 
 
+def loaded(ggml: Ggml, shape: tuple[int, int]) -> dict[tuple[int, str], tuple[str, int]]:
+    """Return (precision, buffer) -> name and bytes of ggml's weights of `shape`, made now."""
+    rivals = {}
+    for p, kind in RIVALS.items():
+        for buffer in ggml("about")["buffers"]:
+            made = ggml("load", key=f"{kind} {buffer}", kind=kind, buffer=buffer, n=shape[0], k=shape[1])
+            if made["bytes"]:
+                rivals[p, buffer] = f"{kind} {buffer}", made["bytes"]
+    return rivals
+
+
+def measured(
+    runs: dict[Any, Callable], rivals: dict[Any, tuple[str, int]], m: int, rounds: int, ggml: Ggml, budget: float
+) -> tuple[float, dict[Any, float], dict[Any, float]]:
+    """Return the read bandwidth and the median seconds of ours and of theirs; raise SystemExit for a wrong product."""
+    memory = cpu.allocate(_BANDWIDTH_BYTES).zero_()
+    seconds: dict[Any, list[float]] = {place: [] for place in (*runs, *rivals)}
+    bandwidths = []
+    for _ in range(rounds):
+        bandwidths.append(max(read_bandwidth(memory) for _ in range(3)))
+        for place, run in runs.items():
+            seconds[place] += times_of(run, budget=budget)
+        time.sleep(PAUSE)
+        for place, (key, _) in rivals.items():
+            timed = ggml("time", key=key, m=m, budget=budget)
+            if not timed["error"] < LARGEST_ERROR["theirs"]:
+                raise SystemExit(f"ggml's product of {m} rows with {key} is wrong by {timed['error']:.3g}")
+            seconds[place] += timed["seconds"]
+        time.sleep(PAUSE)
+    medians = {place: statistics.median(times) for place, times in seconds.items()}
+    return statistics.median(bandwidths), {p: medians[p] for p in runs}, {p: medians[p] for p in rivals}
+
+
 def compare(
     shape: tuple[int, int], rows: Sequence[int], rounds: int, ggml: Ggml, budget: float
 ) -> Iterator[dict[str, Any]]:
     """Yield one line for each m, method and precision; raise SystemExit when a product is wrong."""
-    n, k = shape
     kernels = [(method, *found) for method in METHODS for found in ours(shape, method, rows)]
-    rivals = {}
-    for p, kind in RIVALS.items():
-        for buffer in ggml("about")["buffers"]:
-            loaded = ggml("load", key=f"{kind} {buffer}", kind=kind, buffer=buffer, n=n, k=k)
-            if loaded["bytes"]:
-                rivals[p, buffer] = f"{kind} {buffer}", loaded["bytes"]
-    memory = cpu.allocate(_BANDWIDTH_BYTES).zero_()
+    for method, m, p, _, error, _ in kernels:
+        if not error < LARGEST_ERROR["ours"]:
+            raise SystemExit(f"our product of {m} rows at precision {p} of {method}, {shape}, is wrong by {error:.3g}")
+    rivals = loaded(ggml, shape)
     for m in rows:
-        mine: dict[tuple[str, int], list[float]] = {}
-        theirs: dict[tuple[int, str], list[float]] = {}
-        errors: dict[tuple[int, str], float] = {}
-        bandwidths = []
-        for _ in range(rounds):
-            bandwidths.append(max(read_bandwidth(memory) for _ in range(3)))
-            for method, rows_here, p, _, _, run in kernels:
-                if rows_here == m:
-                    mine.setdefault((method, p), []).extend(times_of(run, budget=budget))
-            time.sleep(PAUSE)
-            for place, (key, _) in rivals.items():
-                timed = ggml("time", key=key, m=m, budget=budget)
-                theirs.setdefault(place, []).extend(timed["seconds"])
-                errors[place] = timed["error"]
-            time.sleep(PAUSE)
-        bandwidth = statistics.median(bandwidths)
-        medians = {place: statistics.median(seconds) for place, seconds in theirs.items()}
-        for method, rows_here, p, size, error, _ in kernels:
-            if rows_here != m:
+        runs = {(method, p): run for method, here, p, _, _, run in kernels if here == m}
+        bandwidth, mine, theirs = measured(runs, rivals, m, rounds, ggml, budget)
+        for method, here, p, size, error, _ in kernels:
+            if here != m:
                 continue
-            best = min((place for place in medians if place[0] == p), key=medians.__getitem__)
-            if not error < LARGEST_ERROR["ours"] or not errors[best] < LARGEST_ERROR["theirs"]:
-                raise SystemExit(f"wrong products at {shape}, {m} rows, precision {p}: {error:.3g}, {errors[best]:.3g}")
-            us, rival = statistics.median(mine[method, p]) * 1e6, medians[best] * 1e6
-            their_size = rivals[best][1]
+            best = min((place for place in theirs if place[0] == p), key=theirs.__getitem__)
+            us, rival, their_size = mine[method, p] * 1e6, theirs[best] * 1e6, rivals[best][1]
             yield {
-                "table": "products", "n": n, "k": k, "m": m, "precision": p, "method": method,
+                "table": "products", "n": shape[0], "k": shape[1], "m": m, "precision": p, "method": method,
                 "us": round(us, 1), "llama_cpp_us": round(rival, 1), "speedup": round(rival / us, 2),
-                "gb_per_s": round(size / us / 1e3, 1), "llama_cpp_gb_per_s": round(their_size / rival / 1e3, 1),
-                "read_gb_per_s": round(bandwidth / 1e9, 1), "share": round(size / us * 1e6 / bandwidth, 2),
+                "read_gb_per_s": round(bandwidth / 1e9, 1),
+                "gb_per_s": round(size / us / 1e3, 1), "share": round(size / us * 1e6 / bandwidth, 2),
+                "llama_cpp_gb_per_s": round(their_size / rival / 1e3, 1),
                 "llama_cpp_share": round(their_size / rival * 1e6 / bandwidth, 2),
                 "bytes": size, "llama_cpp_bytes": their_size, "type": RIVALS[p], "buffer": best[1],
-                "error": round(error, 5), "llama_cpp_error": round(errors[best], 5),
+                "error": round(error, 5),
             }  # fmt: skip
     for key, _ in rivals.values():
         ggml("drop", key=key)
