@@ -4,7 +4,7 @@ python benchmarks/vs_llama_cpp.py BUILD --out benchmarks/results/vs-llama-cpp.js
 ANYBITS_CPU_ISA=avx2 python benchmarks/vs_llama_cpp.py BUILD_FOR_AVX2 --out benchmarks/results/vs-llama-cpp.jsonl
 
 BUILD is a folder with llama.cpp's shared libraries. 2, 3 and 4 bits stand beside Q2_K, Q3_K and Q4_K, in plain buffers
-and in repacked ones (CPU_REPACK) where the build has them; the faster counts. Each round times every kernel once and the
+BUILD has llama.cpp's shared libraries. 2, 3 and 4 bits stand beside Q2_K, Q3_K and Q4_K, in plain buffers
 read bandwidth of that moment. A wrong product ends the run: ours against float64, ggml's against its own dequantized
 weights. Nothing waits in a cache: copies of 128 MiB and more are read in turn. Here that means:
 
