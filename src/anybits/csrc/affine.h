@@ -267,7 +267,7 @@ constexpr int64_t PIECE_COLUMNS = 512;  // columns whose tables, for four rows o
 template <class I, bool WIDE, int DTYPE>
 void affine_multiply(const Call &c, int64_t first, int64_t last, float *scratch) {
     const Header *h = c.weight;
-    const bool streaming = c.segment_count == 1 && c.rows <= (I::LOOKUP_ROWS < 2 ? 1 : 2);
+    const bool streaming = c.segment_count == 1 && c.rows <= I::LOOKUP_ROWS;
     const int64_t group = streaming ? 1 : TILE_GROUP;
     const int64_t at_once = streaming ? h->blocks : PIECE_COLUMNS / h->block_columns;
     for (int64_t tile = first; tile < last; tile += group) {
