@@ -16,6 +16,7 @@ os.environ.update(
 import contextlib
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,15 @@ import torch
 import transformers
 
 import anybits
-from anybits.config import StoredConfig
+from anybits import checkpoint
+from anybits.config import Single, StoredConfig
 from anybits.integrations import transformers as hf
 from conftest import random_weight, tiny_tokenizer
 
 TOKENS = 12
+SERVED = (2, "2.5", 3, 4, 5)
+"""Precisions and the profile of the checkpoints `llama` and `moe`."""
+
 SIZES = dict(
     vocab_size=64,
     hidden_size=64,
@@ -66,18 +71,27 @@ def checkpoint_of(config: transformers.PretrainedConfig, folder: Path) -> Path:
     tiny_tokenizer().save_pretrained(folder / "float")
     recipe = anybits.Recipe(preset="fast", group_size=32, precisions=(2, 3, 4, 5))
     anybits.quantize(str(folder / "float"), folder / "planes", recipe)
+    add_profile(folder / "planes")
     return folder / "planes"
+
+
+def add_profile(folder: Path) -> None:
+    """Store the profile 2.5: one precision for all of layer 0, and in layer 1 another for each neighbour."""
+    stored = checkpoint.read_stored_config(folder)
+    modules = checkpoint.CheckpointReader(checkpoint.checkpoint_files(folder), stored).modules()
+    profile = {module: 3 if ".0." in module else 2 + i % 4 for i, module in enumerate(sorted(modules))}
+    checkpoint.update_stored_config(folder, replace(stored, profiles={"2.5": profile}))
 
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """AnyBCQ, biases, tied embeddings, precisions 2 to 5."""
+    """AnyBCQ, biases, tied embeddings, precisions 2 to 5 and a profile."""
     return checkpoint_of(LLAMA, tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="session")
 def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """AnyBCQ, fused experts, precisions 2 to 5."""
+    """AnyBCQ, fused experts, precisions 2 to 5 and a profile."""
     return checkpoint_of(MOE, tmp_path_factory.mktemp("moe"))
 
 
@@ -94,7 +108,7 @@ def codebooks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     hf.make_planes(model, weights, stored)
     model.save_pretrained(folder)
     config = hf.plain_config(model) | {"quantization_config": stored.to_dict()}
-    anybits.checkpoint.write_json(folder / "config.json", config)
+    checkpoint.write_json(folder / "config.json", config)
     tiny_tokenizer().save_pretrained(folder)
     return folder
 
@@ -106,11 +120,11 @@ def prompts(count: int, longest: int = 40, seed: int = 0) -> list[list[int]]:
 
 
 @pytest.fixture(scope="session")
-def expected() -> Callable[[Path, Sequence[int], int], list[int]]:
+def expected() -> Callable[[Path, Sequence[int], Single], list[int]]:
     """(folder, prompt, precision) -> the greedy tokens of transformers' own generate."""
     models: dict[Path, Any] = {}
 
-    def tokens(folder: Path, prompt: Sequence[int], precision: int) -> list[int]:
+    def tokens(folder: Path, prompt: Sequence[int], precision: Single) -> list[int]:
         if folder not in models:
             models[folder] = hf.load_model(folder, dtype=torch.float32)
         ids = torch.tensor([list(prompt)])
@@ -120,6 +134,11 @@ def expected() -> Callable[[Path, Sequence[int], int], list[int]]:
         return out[0, ids.shape[1] :].tolist()
 
     return tokens
+
+
+def mixed(count: int, seed: int, longest: int = 40) -> list[tuple[list[int], Single]]:
+    """Return random prompts, each with one of what `llama` and `moe` serve."""
+    return [(prompt, SERVED[i % len(SERVED)]) for i, prompt in enumerate(prompts(count, longest, seed))]
 
 
 def engine_arguments(folder: Path, **options: Any) -> dict[str, Any]:
@@ -142,7 +161,7 @@ def engine(folder: Path, **options: Any) -> Iterator[Any]:
         cleanup_dist_env_and_memory()
 
 
-def generate(llm: Any, asked: Sequence[tuple[list[int], int | None]]) -> list[Any]:
+def generate(llm: Any, asked: Sequence[tuple[list[int], Single | None]]) -> list[Any]:
     """Generate greedily for (prompt, precision or None) pairs in one batch; return vLLM's outputs."""
     from vllm import SamplingParams
 

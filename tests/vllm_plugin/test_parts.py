@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,6 +19,7 @@ import vllm.config
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.models.utils import WeightsMapper
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
@@ -26,6 +28,7 @@ from anybits.errors import AnybitsError
 from anybits.integrations.vllm import SUPPORTED, frontend, register, runner, unsupported_version
 from anybits.integrations.vllm.config import AnybitsQuantization
 from anybits.integrations.vllm.limits import check_engine
+from anybits.integrations.vllm.linear import PlaneLinearMethod, Served, profiles_of
 from anybits.integrations.vllm.options import EngineOptions, parse_precision
 from anybits.integrations.vllm.rows import RowPrecisions
 from anybits.integrations.vllm.shards import check_columns, select_columns, select_rows
@@ -33,6 +36,11 @@ from conftest import random_weight
 
 STORED = StoredConfig("anybcq", (2, 3, 4), ("model.layers.*.self_attn.*", "model.layers.0.mlp.gate_proj"), 32, False)
 OPTIONS = EngineOptions((2, 3, 4), 4)
+ATTENTION = [f"model.layers.0.self_attn.{part}_proj" for part in "qkv"]
+PROFILED = replace(
+    STORED, profiles={"2.5": dict(zip(ATTENTION, (2, 2, 3), strict=True)), "small": dict.fromkeys(ATTENTION, 2)}
+)
+MIXED = EngineOptions((2, 3, 4), "small", ("2.5", "small"))
 
 
 def request(precision) -> SimpleNamespace:
@@ -85,9 +93,21 @@ def test_engine_options():
     assert EngineOptions.read({}, STORED) == OPTIONS
     assert EngineOptions.read({"anybits": {"max_precision": 3}}, STORED) == EngineOptions((2, 3), 3)
     assert EngineOptions.read({"anybits": {"precision": 2}, "other": 1}, STORED) == EngineOptions((2, 3, 4), 2)
+    assert EngineOptions.read({"anybits": {"precision": "small"}}, PROFILED) == MIXED
+    assert EngineOptions.read({"anybits": {"max_precision": 2.5}}, PROFILED) == EngineOptions(
+        (2, 3), 3, ("2.5", "small")
+    )
+    assert EngineOptions.read({"anybits": {"max_precision": 2}}, PROFILED) == EngineOptions((2,), 2, ("small",))
     for wrong in ({"max": 3}, {"max_precision": 8}, {"max_precision": 2, "precision": 3}, 3):
         with pytest.raises(AnybitsError):
             EngineOptions.read({"anybits": wrong}, STORED)
+
+
+@pytest.mark.parametrize(("value", "wanted"), [(None, 17), (3, 3), ("2.5", 16), (2.5, 16), ("2.50", 16), ("small", 17)])
+def test_profiles_have_codes_of_their_own(value, wanted):
+    assert MIXED.in_worker({"precision": value}) == wanted
+    with pytest.raises(AnybitsError, match="choose one of 2, 2.5, 3, 4, small$"):
+        MIXED.of_request({"precision": "2.7"})
 
 
 def test_rows_are_filled_request_after_request_and_padded_with_the_cheapest():
@@ -103,6 +123,38 @@ def test_rows_are_filled_request_after_request_and_padded_with_the_cheapest():
     assert rows.buffer.tolist() == [2, *[3] * 7]
     assert rows.of(torch.empty(9, 1)) == 4
     assert rows.buffer.data_ptr() == address
+
+
+def fused(rows: RowPrecisions, profiles: list[tuple[int, ...]]) -> tuple:
+    """Return a matrix of three parts of 8 rows, and how it is served."""
+    weight = random_weight(24, 64, (2, 3, 4), 32)
+    method = PlaneLinearMethod(PROFILED, rows, "qkv_proj", ATTENTION, capturing=False)
+    method.profiles = profiles
+    return weight, method._serve(weight, [8, 8, 8])
+
+
+@pytest.mark.parametrize("codes", [[2, 16, 3, 17, 4], [16], [4]])
+def test_parts_of_a_fused_layer_have_the_precisions_of_their_profiles(codes):
+    rows, profiles = RowPrecisions(MIXED, capacity=8), [(2, 2), (2, 2), (3, 2)]
+    weight, served = fused(rows, profiles)
+    assert len(served.parts) == 2, "neighbours that agree stay together"
+    x = torch.randn(len(codes), 64)
+    rows.fill(codes, [1] * len(codes))
+    y = served(x)
+    for row, code in enumerate(codes):
+        own = [code if code < 16 else profile[code - 16] for profile in profiles]
+        matrix = torch.cat([weight.rows(8 * i, 8 * i + 8).dequantize(p) for i, p in enumerate(own)])
+        torch.testing.assert_close(y[row], matrix @ x[row])
+
+
+def test_a_fused_layer_whose_parts_agree_stays_whole():
+    assert isinstance(fused(RowPrecisions(MIXED, capacity=8), [(2, 2)] * 3)[1], Served)
+
+
+def test_a_profile_must_name_every_matrix():
+    assert profiles_of(PROFILED, ATTENTION[2]) == (3, 2)
+    with pytest.raises(AnybitsError, match="profile 2.5 lacks o_proj"):
+        profiles_of(PROFILED, "o_proj")
 
 
 class State(ModelState):
@@ -166,7 +218,8 @@ def test_what_the_hooks_reach_into_is_still_there():
 
 def test_cache_salts():
     assert frontend.salted(None, 3) == "anybits:3"
-    assert len({frontend.salted(None, 2), frontend.salted(None, 3), frontend.salted("mine", 2)}) == 3
+    salts = [frontend.salted(*asked) for asked in [(None, 2), (None, 3), (None, "2.5"), ("mine", 2), ("mine", "2.5")]]
+    assert len(set(salts)) == len(salts)
 
 
 def layer(kind: type) -> torch.nn.Module:
@@ -175,10 +228,19 @@ def layer(kind: type) -> torch.nn.Module:
 
 def test_fused_layers_must_be_stored_whole():
     quantization = AnybitsQuantization(STORED)
-    assert quantization._is_target("model.layers.1.self_attn.qkv_proj")
-    assert not quantization._is_target("model.layers.1.mlp.gate_up_proj")
+    assert quantization._modules("model.layers.0.self_attn.qkv_proj") == ATTENTION
+    assert not quantization._modules("model.layers.1.mlp.gate_up_proj")
+    fused = replace(STORED, profiles={"2.5": {"model.layers.0.self_attn.qkv_proj": 3}})
+    assert AnybitsQuantization(fused)._modules("model.layers.0.self_attn.qkv_proj") == [*fused.profiles["2.5"]]
     with pytest.raises(AnybitsError, match="fuses model.layers.0.mlp.gate_proj with model.layers.0.mlp.up_proj"):
         quantization.get_quant_method(layer(LinearBase), "model.layers.0.mlp.gate_up_proj")
+
+
+def test_modules_are_renamed_as_the_model_renames_them():
+    quantization = AnybitsQuantization(PROFILED)
+    quantization.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.": "language_model."}))
+    assert all(target.startswith("language_model.layers.") for target in quantization.stored.targets)
+    assert [*quantization.stored.profiles["2.5"]] == [name.replace("model.", "language_model.") for name in ATTENTION]
 
 
 def test_a_head_of_planes_is_refused():

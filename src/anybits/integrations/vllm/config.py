@@ -69,17 +69,20 @@ class AnybitsQuantization(QuantizationConfig):
         return []
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
-        """Rename the targets as the model renames its modules."""
-        self.stored = replace(self.stored, targets=tuple(hf_to_vllm_mapper.apply_list(list(self.stored.targets))))
+        """Rename the targets, and the modules of profiles, as the model renames its modules."""
+        targets = tuple(hf_to_vllm_mapper.apply_list(list(self.stored.targets)))
+        profiles = {name: hf_to_vllm_mapper.apply_dict(modules) for name, modules in self.stored.profiles.items()}
+        self.stored = replace(self.stored, targets=targets, profiles=profiles)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         """Return how the layer called `prefix` runs: on planes when the checkpoint stores it so."""
         if isinstance(layer, LinearBase):
-            if not self._is_target(prefix):
+            modules = self._modules(prefix)
+            if not modules:
                 return UnquantizedLinearMethod()
             stored, rows = self._start()
             config = get_current_vllm_config()
-            return PlaneLinearMethod(stored, rows, prefix, capturing=not config.model_config.enforce_eager)
+            return PlaneLinearMethod(stored, rows, prefix, modules, capturing=not config.model_config.enforce_eager)
         if isinstance(layer, RoutedExperts) and any(self.stored.is_target(f"{prefix}.{name}") for name in STACKS):
             stored, rows = self._start()
             check_experts(get_current_vllm_config(), layer)
@@ -88,17 +91,18 @@ class AnybitsQuantization(QuantizationConfig):
             raise AnybitsError(f"{prefix} is stored as planes: in vLLM embeddings and the output head must be dense")
         return None
 
-    def _is_target(self, prefix: str) -> bool:
-        """Whether a linear layer is stored as planes: all parts of a fused one, or none."""
-        if self.stored.is_target(prefix):
-            return True
+    def _modules(self, prefix: str) -> list[str]:
+        """Return the stored matrices that make up a linear layer: itself, all parts of a fused one, or none."""
         parent, _, leaf = prefix.rpartition(".")
         names = [f"{parent}.{part}" for part in self.packed_modules_mapping.get(leaf) or FUSED.get(leaf, ())]
+        if self.stored.is_target(prefix):  # stored fused, or matched by a pattern like mlp.*: profiles tell which
+            stored_fused = any(prefix in modules for modules in self.stored.profiles.values())
+            return [prefix] if stored_fused else names or [prefix]
         quantized = [name for name in names if self.stored.is_target(name)]
         if quantized and len(quantized) < len(names):
             dense = ", ".join(name for name in names if name not in quantized)
             raise AnybitsError(f"vLLM fuses {quantized[0]} with {dense}: quantize all of them, or none")
-        return bool(quantized)
+        return quantized
 
     def _start(self) -> tuple[StoredConfig, RowPrecisions]:
         """Return what is loaded and the worker's rows, hooking the worker at the first plane layer."""

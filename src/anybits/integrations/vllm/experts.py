@@ -12,7 +12,7 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 
 from anybits.config import StoredConfig
 from anybits.errors import AnybitsError
-from anybits.integrations.vllm.linear import Served, publish, published, serve
+from anybits.integrations.vllm.linear import Served, profiles_of, publish, published, serve
 from anybits.integrations.vllm.rows import RowPrecisions
 from anybits.integrations.vllm.shards import check_columns, select_columns, select_rows
 from anybits.weight import PlaneWeight, from_tensors
@@ -37,22 +37,18 @@ class Experts:
         x: `[M, H]`; weights: routing weights `[M, k]`; experts: int `[M, k]`.
         """
         out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-        precision = self.rows.of(x)
+        codes = self.rows.of(x)
         for expert in experts.unique().tolist():
             if expert not in self.gate_up:  # another rank's
                 continue
             chosen, slot = (experts == expert).nonzero(as_tuple=True)
-            here = precision if isinstance(precision, int) else precision[chosen]
-            both = self._product(self.gate_up[expert], x[chosen], here)
+            here = codes if isinstance(codes, int) else codes[chosen]
+            both = self.gate_up[expert](x[chosen], here)
             hidden = both.new_empty(both.shape[0], both.shape[1] // 2)
             apply_moe_activation(self.activation, hidden, both)
-            y = self._product(self.down[expert], hidden, here)
+            y = self.down[expert](hidden, here)
             out.index_add_(0, chosen, y.float() * weights[chosen, slot, None].float())
         return out.to(x.dtype)
-
-    @staticmethod
-    def _product(served: Served, x: torch.Tensor, precision: int | torch.Tensor) -> torch.Tensor:
-        return served.backend.matmul(x, served.prepared, precision)
 
 
 def _experts(
@@ -110,14 +106,16 @@ class PlaneExpertsMethod(FusedMoEMethodBase):
         gate_up = self._stack(layer, "gate_up_proj", total * 2 * intermediate, hidden)
         down = self._stack(layer, "down_proj", total * hidden, intermediate)
         served = Experts(layer.activation, self.rows)
+        profiles = {name: profiles_of(self.stored, f"{layer.layer_name}.{name}") for name in STACKS}
         for expert in range(total):
             if parallel.use_ep and layer._map_global_expert_id_to_local_expert_id(expert) < 0:
                 continue
             gates = expert * 2 * intermediate + first + torch.arange(shard, device=gate_up.device)
             mine = select_rows(gate_up, torch.cat([gates, gates + intermediate]))
-            served.gate_up[expert] = serve(mine, self.rows, capturing=False)
+            served.gate_up[expert] = serve(mine, self.rows, profiles["gate_up_proj"], capturing=False)
             mine = down.rows(expert * hidden, (expert + 1) * hidden)
-            served.down[expert] = serve(select_columns(mine, first, first + shard), self.rows, capturing=False)
+            mine = select_columns(mine, first, first + shard)
+            served.down[expert] = serve(mine, self.rows, profiles["down_proj"], capturing=False)
         self._announce(served)
         del layer.anybits_stacks
         layer.anybits = served

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import wraps
 from typing import Any
 
-from anybits.config import QUANT_METHOD
+from anybits.config import QUANT_METHOD, Single
 from anybits.errors import AnybitsError
 from anybits.integrations.vllm.options import FIELD, EngineOptions
 
@@ -27,7 +27,9 @@ def install() -> None:
     @wraps(original)
     def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
         request = original(self, *args, **kwargs)
-        options = engine_options(self.vllm_config)
+        if not hasattr(self, "_anybits"):
+            self._anybits = engine_options(self.vllm_config)
+        options = self._anybits
         if options is None or request.sampling_params is None:
             return request
         params = request.sampling_params  # the request's own copy
@@ -52,6 +54,6 @@ def engine_options(vllm_config: Any) -> EngineOptions | None:
     return EngineOptions.read(vllm_config.additional_config, quant.stored)
 
 
-def salted(salt: str | None, precision: int) -> str:
-    """Return the cache salt of a request at `precision` whose own salt is `salt`."""
+def salted(salt: str | None, precision: Single) -> str:
+    """Return the cache salt of a request at `precision` (or a profile) whose own salt is `salt`."""
     return f"anybits:{precision}" if not salt else f"anybits:{precision}:{salt}"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +22,12 @@ from anybits.checkpoint import level_shapes
 from anybits.config import StoredConfig
 from anybits.errors import AnybitsError
 from anybits.integrations.vllm.rows import RowPrecisions
-from anybits.integrations.vllm.shards import check_columns
+from anybits.integrations.vllm.shards import check_columns, select_rows
 from anybits.kernels import backend as kernels
 from anybits.kernels import cpu as _cpu  # noqa: F401  (registers the backend)
 from anybits.kernels import reference as _reference  # noqa: F401  (registers the backend)
 from anybits.kernels.cuda import backend as _cuda  # noqa: F401  (registers the backend)
+from anybits.precision import FIRST_PROFILE
 from anybits.weight import PlaneWeight, from_tensors, group_count
 
 UNSET = -128
@@ -33,15 +36,40 @@ UNSET = -128
 
 @dataclass(eq=False)
 class Served:
-    """A weight as its backend holds it, and the precisions of the rows that meet it."""
+    """A weight as its backend holds it, and the precisions of the rows that meet it.
+
+    profiles: the weight's precision under each of the engine's profiles.
+    """
 
     backend: kernels.Backend
     prepared: Any
     rows: RowPrecisions
+    profiles: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        """Put the precision of each code, int32 `[FIRST_PROFILE + profiles]`, on the device of the rows."""
+        codes = [*range(FIRST_PROFILE), *self.profiles]
+        self.table = torch.tensor(codes, dtype=torch.int32, device=self.rows.buffer.device)
+
+    def __call__(self, x: torch.Tensor, codes: int | torch.Tensor | None = None) -> torch.Tensor:
+        """Return x `[M, K]` @ W.T as `[M, N]`, each row at the precision of its code (by default the worker's rows)."""
+        return self.backend.matmul(x, self.prepared, self._own(self.rows.of(x) if codes is None else codes))
+
+    def _own(self, codes: int | torch.Tensor) -> int | torch.Tensor:
+        if not isinstance(codes, int):
+            return self.table.index_select(0, codes) if self.profiles else codes
+        return codes if codes < FIRST_PROFILE else self.profiles[codes - FIRST_PROFILE]
+
+
+class ServedParts:
+    """The parts of a fused layer whose precisions differ under some profile: outputs side by side."""
+
+    def __init__(self, parts: Sequence[Served]) -> None:
+        self.parts = parts
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Return x `[M, K]` @ W.T as `[M, N]`, each row at its precision."""
-        return self.backend.matmul(x, self.prepared, self.rows.of(x))
+        """Return `[M, N]` for x `[M, K]`."""
+        return torch.cat([part(x) for part in self.parts], dim=1)
 
 
 _numbers = itertools.count()
@@ -82,11 +110,15 @@ torch.library.register_fake("anybits::vllm_linear", _fake_linear, lib=_operators
 class PlaneLinearMethod(LinearMethodBase):
     """A linear layer whose matrix is planes.
 
-    stored: the config of the precisions that are loaded; prefix: the layer's name in vLLM.
+    stored: the config of the precisions that are loaded; prefix: the layer's name in vLLM; modules: the stored
+    matrices that are fused into it, in the order of its rows, or it alone.
     """
 
-    def __init__(self, stored: StoredConfig, rows: RowPrecisions, prefix: str, capturing: bool) -> None:
+    def __init__(
+        self, stored: StoredConfig, rows: RowPrecisions, prefix: str, modules: Sequence[str], capturing: bool
+    ) -> None:
         self.stored, self.rows, self.prefix, self.capturing = stored, rows, prefix, capturing
+        self.profiles = [profiles_of(stored, module) for module in modules]
 
     def create_weights(
         self,
@@ -123,6 +155,7 @@ class PlaneLinearMethod(LinearMethodBase):
             layer.register_parameter(name, parameter)
         layer.register_buffer("row_precisions", self.rows.buffer, persistent=False)
         layer.anybits_rows, layer.anybits_shape = self.rows, (n, k)
+        layer.anybits_parts = output_partition_sizes if len(self.profiles) > 1 else [n]
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Hand the weight to its backend and drop the parameters that it was loaded into."""
@@ -137,8 +170,20 @@ class PlaneLinearMethod(LinearMethodBase):
                 raise AnybitsError(f"the checkpoint has no {name} for {self.prefix}, or it is not a number")
             delattr(layer, name)
         weight = from_tensors(tensors, k, self.stored.group_size)
-        layer.anybits = serve(weight, self.rows, self.capturing)
+        layer.anybits = self._serve(weight, layer.anybits_parts)
         layer.register_buffer("plane_handle", publish(layer.anybits), persistent=False)
+
+    def _serve(self, weight: PlaneWeight, sizes: list[int]) -> Served | ServedParts:
+        """Return `weight`, cut between neighbouring parts of `sizes` rows whose precisions differ under a profile."""
+        if len(set(self.profiles)) == 1:
+            return serve(weight, self.rows, self.profiles[0], self.capturing)
+        parts, start = [], 0
+        for profiles, run in itertools.groupby(zip(self.profiles, sizes, strict=True), operator.itemgetter(0)):
+            stop = start + sum(size for _, size in run)
+            mine = select_rows(weight, torch.arange(start, stop, device=weight.device))
+            parts.append(serve(mine, self.rows, profiles, self.capturing))
+            start = stop
+        return ServedParts(parts)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Return `[..., N]` in x's dtype for x `[..., K]`."""
@@ -148,12 +193,21 @@ class PlaneLinearMethod(LinearMethodBase):
         return y if bias is None else y + bias
 
 
-def serve(weight: PlaneWeight, rows: RowPrecisions, capturing: bool) -> Served:
+def profiles_of(stored: StoredConfig, module: str) -> tuple[int, ...]:
+    """Return the precision of `module` under each profile; raise AnybitsError when one does not name it."""
+    for name, modules in stored.profiles.items():
+        if module not in modules:
+            raise AnybitsError(f"profile {name} lacks {module}: every quantized module needs a precision")
+    return tuple(stored.profiles_of(module).values())
+
+
+def serve(weight: PlaneWeight, rows: RowPrecisions, profiles: tuple[int, ...], capturing: bool) -> Served:
     """Return `weight` on the best backend of its device.
 
-    capturing: whether CUDA graphs will be captured, which the reference backend cannot be part of.
+    profiles: its precision under each of the engine's profiles; capturing: whether CUDA graphs will be captured,
+    which the reference backend cannot be part of.
     """
     backend = kernels.choose(weight, weight.device)
     if capturing and weight.device.type == "cuda" and backend.name == "reference":
         raise AnybitsError("without a CUDA kernel anybits cannot run in CUDA graphs: start vLLM with --enforce-eager")
-    return Served(backend, backend.prepare(weight), rows)
+    return Served(backend, backend.prepare(weight), rows, profiles)

@@ -1,4 +1,4 @@
-"""Fills the rows' precisions before every forward pass, in both of vLLM's model runners."""
+"""Fills the rows' codes of precisions before every forward pass, in both of vLLM's model runners."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def _install_v1() -> None:
         for rows in self._anybits_rows:
             count = self.input_batch.num_reqs
             requests = [self.requests[name] for name in self.input_batch.req_ids[:count]]
-            precisions = [rows.options.in_worker(extra_args(r.sampling_params)) for r in requests]
-            rows.fill(precisions, np.diff(self.query_start_loc.np[: count + 1]).tolist())
+            codes = [rows.options.in_worker(extra_args(r.sampling_params)) for r in requests]
+            rows.fill(codes, np.diff(self.query_start_loc.np[: count + 1]).tolist())
         return original(self, *args, **kwargs)
 
     hooked: Any = _model_forward
@@ -60,7 +60,7 @@ class PrecisionState:
 
     def __init__(self, vllm_config: Any, model: nn.Module, encoder_cache: Any, device: Any) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)  # type: ignore[call-arg]
-        self._anybits = [(rows, [rows.options.default] * self.max_num_reqs) for rows in row_precisions(model)]
+        self._anybits = [(rows, [rows.default] * self.max_num_reqs) for rows in row_precisions(model)]
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         """Note the precision of the request that takes slot `req_index`."""
