@@ -144,7 +144,7 @@ def test_parts_of_a_fused_layer_have_the_precisions_of_their_profiles(codes):
     for row, code in enumerate(codes):
         own = [code if code < 16 else profile[code - 16] for profile in profiles]
         matrix = torch.cat([weight.rows(8 * i, 8 * i + 8).dequantize(p) for i, p in enumerate(own)])
-        torch.testing.assert_close(y[row], matrix @ x[row])
+        torch.testing.assert_close(y[row], matrix @ x[row], rtol=1e-3, atol=1e-3)
 
 
 def test_a_fused_layer_whose_parts_agree_stays_whole():
