@@ -148,9 +148,9 @@ class AdaptiveLength:
     GRANT, SHARE, CAP = 1.0, 0.01, 8.0
     PROBE_EVERY = 32
     """Plain tokens between two rounds that are not expected to pay."""
-    REFRESH_EVERY = 64
+    REFRESH_EVERY = 16
     """Rounds after which one plain pass is timed again, as contexts grow and machines get busy."""
-    FORGET_EVERY = 4
+    FORGET_EVERY = 8
     """Such refreshes after which row counts that were not used are estimated anew."""
 
     def __init__(self) -> None:
