@@ -157,10 +157,12 @@ class Yardstick:
     @torch.no_grad()
     def __post_init__(self) -> None:
         """Run the float model."""
-        self.expected = [log_probabilities(self.model(input_ids=w, use_cache=False).logits) for w in self.windows]
-        pairs = zip(self.expected, self.windows, strict=True)
-        nll = -sum(float(logp.gather(1, w[0, 1:, None]).double().sum()) for logp, w in pairs)
-        self.ln_perplexity = nll / sum(w.numel() - 1 for w in self.windows)
+        self.expected, total = [], Score()
+        for window in self.windows:
+            logits = self.model(input_ids=window, use_cache=False).logits
+            self.expected.append(log_probabilities(logits))
+            total.add(logits, window, None)
+        self.ln_perplexity = total.nll / total.tokens
 
     @torch.no_grad()
     def measure(self, dense: Dense) -> dict[str, float]:

@@ -14,15 +14,10 @@ import tempfile
 from pathlib import Path
 
 import torch
+from random_checkpoint import write
 
-from anybits.checkpoint import CheckpointWriter
-from anybits.config import StoredConfig, parse_precisions
+from anybits.config import parse_precisions
 from anybits.evaluate.end_to_end import MODELS
-from anybits.evaluate.kernels import random_weight
-from anybits.integrations import random_model
-from anybits.integrations import transformers as hf
-from anybits.quantize.source import Source
-from anybits.quantize.targets import find_targets, target_patterns
 
 # Runs in a process of its own; RssAnon is memory that is nobody else's, RssFile pages of mapped files.
 CHILD = """
@@ -50,37 +45,6 @@ print(json.dumps(found))
 """
 
 
-def save_random(folder: Path, layers: int, precisions: tuple[int, ...], method: str) -> int:
-    """Write a checkpoint of random planes; return the bytes of its files."""
-    sizes = MODELS["llama-3.1-8b"] | {"num_hidden_layers": layers}
-    source = Source(random_model.llama(sizes, layers))
-    writer, names = CheckpointWriter(folder), []
-    group = 128 if method == "anybcq" else None
-    for index, block in enumerate(source.blocks):
-        where = f"{source.prefix}.{index}"
-        targets = {t.parameter: t for t in find_targets(block)}
-        tensors = {
-            f"{where}.{name}": torch.ones(p.shape, dtype=p.dtype)
-            for name, p in block.named_parameters()
-            if name not in targets
-        }
-        for target in targets.values():
-            weight = random_weight((target.out_features, target.in_features), method, precisions)
-            tensors[f"{where}.{target.module}.weight"] = torch.empty(0, dtype=torch.bfloat16)
-            tensors |= {f"{where}.{target.module}.{key}": value for key, value in weight.tensors().items()}
-        names.append(f"block-{index:05d}")
-        writer.write_shard(names[-1], tensors)
-    rest = {
-        name: torch.full(source.tensors[name].shape, 0.01, dtype=torch.bfloat16)
-        for name in source.rest_names()
-        if not source.tensors[name].is_floating_point() or source.tensors[name].dtype == torch.bfloat16
-    }
-    writer.write_shard("rest", rest)
-    stored = StoredConfig(method, precisions, target_patterns(source.model), group, None if group is None else False)
-    writer.finish([*names, "rest"], stored, hf.plain_config(source.model))
-    return sum(file.stat().st_size for file in folder.iterdir())
-
-
 def main() -> None:
     """Measure one checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -90,7 +54,9 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        size = save_random(folder, arguments.layers, parse_precisions(arguments.precisions), arguments.method)
+        sizes = MODELS["llama-3.1-8b"] | {"num_hidden_layers": arguments.layers}
+        write(folder, sizes, parse_precisions(arguments.precisions), arguments.method)
+        size = sum(file.stat().st_size for file in folder.iterdir())
         line = [sys.executable, "-c", CHILD, str(folder)]
         found = json.loads(subprocess.run(line, stdout=subprocess.PIPE, check=True).stdout.splitlines()[-1])
     print(json.dumps({"checkpoint_gb": round(size / 1e9, 2), "threads": torch.get_num_threads()} | found))

@@ -9,22 +9,65 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import anybits
 from anybits.checkpoint import CheckpointWriter
-from anybits.config import StoredConfig
+from anybits.config import StoredConfig, parse_precisions
 from anybits.evaluate.kernels import random_weight
 from anybits.integrations import random_model
 from anybits.integrations import transformers as hf
-from anybits.quantize.targets import find_targets
+from anybits.quantize.source import Source
+from anybits.quantize.targets import find_targets, target_patterns
 
-GROUP = 128
+
+def write(folder: Path, sizes: dict[str, Any], precisions: tuple[int, ...], method: str = "anybcq") -> int:
+    """Write a Llama of random planes, one layer at a time, and return the number of its quantized weights.
+
+    sizes: arguments of LlamaConfig. Norms are ones, all other matrices that are not quantized random.
+    """
+    source = Source(random_model.llama(sizes, sizes["num_hidden_layers"]))
+    writer, names, weights = CheckpointWriter(folder), [], 0
+    for index, block in enumerate(source.blocks):
+        where = f"{source.prefix}.{index}"
+        targets = {t.parameter: t for t in find_targets(block)}
+        plain = {name: p for name, p in block.named_parameters() if name not in targets}
+        tensors = {f"{where}.{name}": _random(p.shape) for name, p in plain.items()}
+        for target in targets.values():
+            made = random_weight((target.out_features, target.in_features), method, precisions)
+            weights += target.out_features * target.in_features
+            tensors[f"{where}.{target.module}.weight"] = torch.empty(0, dtype=torch.bfloat16)
+            tensors |= {f"{where}.{target.module}.{name}": tensor for name, tensor in made.tensors().items()}
+        names.append(f"block-{index:05d}")
+        writer.write_shard(names[-1], tensors)
+    tied = set(getattr(source.model, "all_tied_weights_keys", None) or {})
+    rest = [name for name in source.rest_names() if name not in tied]
+    writer.write_shard("rest", {name: _random(source.tensors[name].shape) for name in rest})
+    group, symmetric = (128, False) if method == "anybcq" else (None, None)
+    recipe = {"random": True, "anybits_version": anybits.__version__}
+    patterns = target_patterns(source.model)
+    stored = StoredConfig(method, precisions, patterns, group, symmetric, recipe=recipe)
+    writer.finish([*names, "rest"], stored, hf.plain_config(source.model))
+    return weights
 
 
-def write(args: argparse.Namespace) -> int:
-    """Write the checkpoint, one layer at a time, and return the number of its quantized weights."""
+def _random(shape: torch.Size) -> torch.Tensor:
+    values = torch.empty(shape, dtype=torch.bfloat16)
+    return values.fill_(1) if len(shape) == 1 else values.normal_(std=0.02)
+
+
+def main() -> None:
+    """Read the arguments, write the model and copy the tokenizer."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--tokenizer", required=True, help="model folder whose tokenizer is copied")
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--intermediate", type=int, default=8192)
+    parser.add_argument("--layers", type=int, default=5)
+    parser.add_argument("--precisions", default="2-4")
+    args = parser.parse_args()
     tokenizer = hf.load_tokenizer(args.tokenizer)
     sizes = dict(
         vocab_size=len(tokenizer), hidden_size=args.hidden, intermediate_size=args.intermediate,
@@ -33,39 +76,10 @@ def write(args: argparse.Namespace) -> int:
         tie_word_embeddings=True, dtype=torch.bfloat16,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = random_model.llama(sizes, args.layers)
-    targets = find_targets(model.model.layers[0])
-    writer, shards, weights = CheckpointWriter(args.out), [], 0
-    for index in range(args.layers):
-        tensors: dict[str, torch.Tensor] = {}
-        for target in targets:
-            module = f"model.layers.{index}.{target.module}"
-            made = random_weight((target.out_features, target.in_features), "anybcq", args.precisions, GROUP)
-            weights += target.out_features * target.in_features
-            tensors[f"{module}.weight"] = torch.empty(0, dtype=torch.bfloat16)
-            tensors |= {f"{module}.{name}": tensor for name, tensor in made.tensors().items()}
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"model.layers.{index}.{norm}.weight"] = torch.ones(args.hidden, dtype=torch.bfloat16)
-        shards.append(f"block-{index:05d}")
-        writer.write_shard(shards[-1], tensors)
-    embedding = (torch.randn(len(tokenizer), args.hidden) * 0.02).bfloat16()
-    norm = torch.ones(args.hidden, dtype=torch.bfloat16)
-    writer.write_shard("rest", {"model.embed_tokens.weight": embedding, "model.norm.weight": norm})
+    weights = write(args.out, sizes, parse_precisions(args.precisions))
     tokenizer.save_pretrained(args.out)
-    recipe = {"random": True, "anybits_version": anybits.__version__}
-    patterns = tuple(f"model.layers.*.{target.module}" for target in targets)
-    stored = StoredConfig("anybcq", tuple(args.precisions), patterns, GROUP, False, recipe=recipe)
-    writer.finish([*shards, "rest"], stored, hf.plain_config(model))
-    return weights
+    print(f"{weights / 1e6:.0f} M quantized weights in {args.out}")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--tokenizer", required=True, help="model folder whose tokenizer is copied")
-    parser.add_argument("--hidden", type=int, default=2048)
-    parser.add_argument("--intermediate", type=int, default=8192)
-    parser.add_argument("--layers", type=int, default=5)
-    parser.add_argument("--precisions", type=lambda text: [int(p) for p in text.split(",")], default=[2, 3, 4])
-    options = parser.parse_args()
-    print(f"{write(options) / 1e6:.0f} M quantized weights in {options.out}")
+    main()

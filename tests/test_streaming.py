@@ -17,7 +17,7 @@ from anybits.integrations import swapping
 from anybits.integrations import transformers as hf
 from anybits.integrations.lazy import load_lazily
 from anybits.integrations.quantizing import estimate_model, quantize_model
-from anybits.quantize import activations, pipeline
+from anybits.quantize import activations, anybcq, pipeline
 from anybits.quantize.activations import Activations
 from anybits.quantize.head import find_head
 from anybits.quantize.sensitivity import Sensitivity
@@ -191,7 +191,7 @@ def test_out_of_memory_is_one_sentence(tmp_path: Path, monkeypatch: pytest.Monke
             raise error
 
         with monkeypatch.context() as patched:
-            patched.setattr(pipeline.anybcq, "quantize_matrix", fail)
+            patched.setattr(anybcq, "quantize_matrix", fail)
             with pytest.raises(AnybitsError, match="out of memory: fewer --samples .* the same command resumes"):
                 quantize_model(str(llama_folder), tmp_path / "out", RECIPES["anybcq"], TEXT)
     quantize_model(str(llama_folder), tmp_path / "out", RECIPES["anybcq"], TEXT)

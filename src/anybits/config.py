@@ -200,7 +200,10 @@ class StoredConfig:
         return single if isinstance(single, int) else max(self.profiles[single].values())
 
     def profiles_of(self, module: str) -> dict[str, int]:
-        """Return profile -> the precision of `module` under it."""
+        """Return profile -> the precision of `module` under it; raise AnybitsError when one does not name it."""
+        for name, modules in self.profiles.items():
+            if module not in modules:
+                raise AnybitsError(f"profile {name} lacks {module}: every quantized module needs a precision")
         return {name: modules[module] for name, modules in self.profiles.items()}
 
     def check_modules(self, modules: Iterable[str]) -> None:
@@ -378,11 +381,6 @@ class Recipe:
     def needs_text(self) -> bool:
         """Whether calibration text is needed."""
         return self.preset != "fast"
-
-    @property
-    def stored_scale_bits(self) -> int:
-        """What `scale_bits` comes to: codebooks have no scales, and stay as they are."""
-        return self.scale_bits if self.method == "anybcq" else 16
 
     @property
     def uses_hessian(self) -> bool:

@@ -134,17 +134,28 @@ def _models(
     planes = random_model.llama(sizes, own)
     random_model.fill(dense)
     planes.model.embed_tokens, planes.lm_head = dense.model.embed_tokens, dense.lm_head
-    for layer in planes.model.layers:
-        for parent in (layer.self_attn, layer.mlp):
-            for name, module in list(parent.named_children()):
-                if isinstance(module, nn.Linear):
-                    setattr(parent, name, _random_linear(module, method, precisions))
+    put_random_planes(planes, method, precisions)
     if quantize_head:
         planes.lm_head = _random_linear(dense.lm_head, method, precisions)
     random_model.fill(planes)
     for model in (dense, planes):
         random_model.repeat_layers(model, sizes["num_hidden_layers"])
     return dense, planes
+
+
+def put_random_planes(model: Any, method: str, precisions: Sequence[int]) -> int:
+    """Replace the linear layers of a Llama's blocks by random planes; return the number of their weights.
+
+    Every shape's kernels are checked once; raises AnybitsError when they are wrong.
+    """
+    weights = 0
+    for layer in model.model.layers:
+        for parent in (layer.self_attn, layer.mlp):
+            for name, module in list(parent.named_children()):
+                if isinstance(module, nn.Linear):
+                    setattr(parent, name, _random_linear(module, method, precisions))
+                    weights += module.out_features * module.in_features
+    return weights
 
 
 _checked: set[tuple[int, int, str]] = set()

@@ -36,6 +36,16 @@ class HiddenStates:
         return HiddenStates(keep(self.batches[i] for i in range(0, len(self.batches), every)), self.every * every)
 
 
+def together(
+    float_path: HiddenStates | None, paths: Sequence[HiddenStates]
+) -> Iterator[tuple[torch.Tensor | None, Iterator[tuple[int, torch.Tensor]]]]:
+    """Yield for each calibration batch the float path's states, None where it does not run, and (i, path i's)."""
+    for index in range(max(path.every * (len(path.batches) - 1) + 1 for path in paths)):
+        running = [i for i, path in enumerate(paths) if index % path.every == 0]
+        plain = None if float_path is None else float_path.at(index)
+        yield plain, ((i, paths[i].batches[index // paths[i].every]) for i in running)
+
+
 class _Reached(Exception):
     """Raised by a hook to end a forward pass once all that is wanted is known."""
 

@@ -10,20 +10,23 @@ import torch
 from torch import nn
 
 from anybits.config import Recipe
-from anybits.quantize import anybcq, anyprecision, data_aware
+from anybits.quantize import data_aware, data_free
 from anybits.quantize.activations import IN_MEMORY
 from anybits.quantize.head import find_head
 from anybits.quantize.hessian import Moments, problem
 from anybits.quantize.pipeline import REST_BYTES, walk_bytes
 from anybits.quantize.source import Source
 from anybits.quantize.targets import Target, find_targets
-from anybits.weight import PlaneWeight, group_count
+from anybits.weight import group_count
 
 LIBRARIES = 450 << 20
 """Bytes of Python with torch and transformers imported."""
 
 MATRIX_COPIES = 7
 """Float32 copies of the largest matrix that the data-free quantizers hold at once, their chunks included."""
+
+HESSIANS = 3
+"""Float32 `[K, K]` matrices that are kept for each precision: Hessian, factor, and drift, which becomes the shift."""
 
 FACTOR_COPIES = 8
 """Float32 `[K, K]` matrices' worth of float64 ones that live while one Hessian is factorised."""
@@ -73,7 +76,7 @@ class _Shape:
         if self.recipe.uses_hessian:
             widest = max(t.in_features for t in self.block)
             parts["block in float32, and dequantized at each precision"] = 4 * block * (1 + self.precisions)
-            parts["Hessians"] = 4 * widest * widest * (self._hessians() + FACTOR_COPIES)
+            parts["Hessians"] = 4 * widest * widest * (HESSIANS * self.precisions + FACTOR_COPIES)
         elif self.recipe.reconstructs:
             parts["block in float32, and dequantized at each precision"] = 4 * block * (1 + self.precisions)
         if not self.recipe.uses_hessian:
@@ -84,10 +87,6 @@ class _Shape:
         if alone > sum(parts.values()):  # embeddings and head are written by themselves
             return {"libraries": LIBRARIES, "embeddings and head": alone - LIBRARIES}
         return parts
-
-    def _hessians(self) -> int:
-        """Return how many `[K, K]` matrices are kept: Hessians, their factors, and drifts, which become shifts."""
-        return 3 * self.precisions
 
     def disk(self) -> dict[str, int]:
         """Return the bytes of the result, and of what lies beside it until the run ends."""
@@ -180,18 +179,11 @@ def _multiply_adds_a_second() -> float:
     return 512 * 1024 * 1024 / _timed(lambda: x @ w.T)
 
 
-def _data_free(weight: torch.Tensor, recipe: Recipe) -> PlaneWeight:
-    if recipe.method == "any-precision":
-        return anyprecision.quantize_matrix(weight, None, recipe.precisions)
-    settings = recipe.precisions, recipe.group_size, recipe.symmetric, recipe.rounds, recipe.scale_bits
-    return anybcq.quantize_matrix(weight, *settings)
-
-
 def _data_free_seconds(block: list[Target], recipe: Recipe) -> float:
     """Return seconds a weight of the data-free quantizer, from some rows of the block's largest matrix."""
     largest = max(block, key=_numel)
     weight = torch.randn(min(largest.out_features, max(16, (1 << 20) // largest.in_features)), largest.in_features)
-    return _timed(lambda: _data_free(weight, recipe)) / weight.numel()
+    return _timed(lambda: data_free.quantize_matrix(weight, recipe)) / weight.numel()
 
 
 @dataclass(frozen=True)
@@ -236,6 +228,6 @@ def _moments(columns: int, recipe: Recipe) -> Moments:
 def _data_aware_seconds(columns: int, rows: int, recipe: Recipe) -> float:
     assert recipe.data_aware is not None
     settings, weight = recipe.data_aware, torch.randn(rows, columns)
-    start = _data_free(weight, recipe)
+    start = data_free.quantize_matrix(weight, recipe)
     moments = _moments(columns, recipe)
     return _timed(lambda: data_aware.improve(weight, start, moments, settings))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -17,7 +18,8 @@ class Family(ABC):
     """Levels of a chunk of rows.
 
     parameters: a tensor for each of `precisions`, changed in place by `refit`; columns: order and groups of the pass;
-    dtype: of the stored levels; effort: sweeps or iterations of a refit.
+    dtype: of the stored levels; effort: sweeps or iterations of a refit; steps: where the parameters are rounded to
+    8 bits, the rows' steps that they were rounded to, else nothing.
     """
 
     precisions: tuple[int, ...]
@@ -25,6 +27,7 @@ class Family(ABC):
     columns: Layout
     dtype: torch.dtype
     effort: int
+    steps: list[torch.Tensor] = field(default_factory=list, kw_only=True)
 
     @abstractmethod
     def tables(self, group: int) -> list[torch.Tensor]:
@@ -44,15 +47,19 @@ class Family(ABC):
 
     def copy(self) -> Family:
         """Return levels that may change without changing these."""
-        return replace(self, parameters=[c.clone() for c in self.parameters])
+        return self._mapped(torch.clone)
 
     def rows(self, which: torch.Tensor) -> Family:
         """Return the levels of the rows that int64 `which` numbers."""
-        return replace(self, parameters=[c[..., which] for c in self.parameters])
+        return self._mapped(lambda t: t[..., which])
+
+    def _mapped(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> Family:
+        return replace(self, parameters=[fn(c) for c in self.parameters], steps=[fn(s) for s in self.steps])
 
     def replace_rows(self, which: torch.Tensor, other: Family) -> None:
         """Put the levels of `other` in the rows that int64 `which` numbers."""
-        for mine, theirs in zip(self.parameters, other.parameters, strict=True):
+        pairs = zip([*self.parameters, *self.steps], [*other.parameters, *other.steps], strict=True)
+        for mine, theirs in pairs:
             mine[..., which] = theirs
 
     def levels(self, codes: torch.Tensor) -> torch.Tensor:
@@ -67,15 +74,11 @@ class Family(ABC):
 
 @dataclass(frozen=True)
 class Affine(Family):
-    """Scales and offsets: parameters `[G, q, N]`, q = p scales, then the offset unless symmetric.
-
-    steps: where the parameters are rounded to 8 bits, the rows' steps `[1, q, N]` that they were rounded to.
-    """
+    """Scales and offsets: parameters `[G, q, N]`, q = p scales, then the offset unless symmetric; steps `[1, q, N]`."""
 
     group_size: int
     symmetric: bool
     scale_bits: int = 16
-    steps: list[torch.Tensor] | None = None
 
     def rounded(self) -> Family:
         """Return the levels as they are stored: in the stored dtype, or in steps of their row."""
@@ -84,23 +87,6 @@ class Affine(Family):
         found = [steps.step_of(c, 0) for c in self.parameters]
         values = [steps.counts(c, step) * step for c, step in zip(self.parameters, found, strict=True)]
         return replace(self, parameters=values, steps=found)
-
-    def copy(self) -> Family:
-        """Return levels that may change without changing these."""
-        own = None if self.steps is None else [s.clone() for s in self.steps]
-        return replace(self, parameters=[c.clone() for c in self.parameters], steps=own)
-
-    def rows(self, which: torch.Tensor) -> Family:
-        """Return the levels of the rows that int64 `which` numbers."""
-        own = None if self.steps is None else [s[..., which] for s in self.steps]
-        return replace(self, parameters=[c[..., which] for c in self.parameters], steps=own)
-
-    def replace_rows(self, which: torch.Tensor, other: Family) -> None:
-        """Put the levels of `other` in the rows that int64 `which` numbers."""
-        super().replace_rows(which, other)
-        assert isinstance(other, Affine)
-        for mine, theirs in zip(self.steps or [], other.steps or [], strict=True):
-            mine[..., which] = theirs
 
     def tables(self, group: int) -> list[torch.Tensor]:
         """Return for each precision the level of every code, `[2**p, N]`."""
@@ -117,7 +103,7 @@ class Affine(Family):
         back = self.columns.groups.argsort()
         plain, dtype, sizes = self.parameters, self.dtype, None
         if self.scale_bits == 8:
-            assert self.steps is not None, "levels are rounded before they are stored"
+            assert self.steps, "levels are rounded before they are stored"
             plain = [steps.counts(c, step) for c, step in zip(plain, self.steps, strict=True)]
             dtype, sizes = torch.int8, self._split([s.half() for s in self.steps])
         found = self._split([c[back].to(dtype) for c in plain])
@@ -158,13 +144,13 @@ def family(levels: Levels, columns: Layout, sweeps: int, iterations: int, scale_
     for p in levels.precisions:
         scales, offsets = levels.values(p)
         parameters.append(_joined(scales, offsets)[columns.groups].contiguous())
-    own = None
+    own = []
     if levels.scale_steps is not None:
         offset_steps = levels.offset_steps or {}
         own = [_joined(levels.scale_steps[p].float(), offset_steps.get(p)) for p in levels.precisions]
     dtype = torch.float16 if levels.scale_bits == 8 else levels.scales[levels.precisions[0]].dtype
-    settings = levels.group_size, symmetric, scale_bits, own
-    return Affine(levels.precisions, parameters, columns, dtype, sweeps, *settings)
+    settings = levels.group_size, symmetric, scale_bits
+    return Affine(levels.precisions, parameters, columns, dtype, sweeps, *settings, steps=own)
 
 
 def _joined(scales: torch.Tensor, offsets: torch.Tensor | None) -> torch.Tensor:

@@ -9,8 +9,8 @@ from torch import nn
 
 from anybits.config import Recipe
 from anybits.errors import AnybitsError
-from anybits.quantize import anybcq, anyprecision
-from anybits.quantize.blocks import HiddenStates, bypassed
+from anybits.quantize import data_free
+from anybits.quantize.blocks import HiddenStates, bypassed, together
 from anybits.quantize.data_aware import improve, join_rows
 from anybits.quantize.hessian import Moments, Sums
 from anybits.quantize.source import Source
@@ -42,18 +42,11 @@ def quantize_head(source: Source, target: Target, recipe: Recipe, moments: Momen
     parts = []
     for start in range(0, target.out_features, ROWS):
         rows = matrix(weight[start : start + ROWS])
-        part = _data_free(rows, recipe)
+        part = data_free.quantize_matrix(rows, recipe)
         if moments is not None and recipe.data_aware is not None:
             part = improve(rows, part, moments, recipe.data_aware)
         parts.append(part)
     return join_rows(parts)
-
-
-def _data_free(weight: torch.Tensor, recipe: Recipe) -> PlaneWeight:
-    if recipe.method == "any-precision":
-        return anyprecision.quantize_matrix(weight, None, recipe.precisions)
-    settings = recipe.precisions, recipe.group_size, recipe.symmetric, recipe.rounds, recipe.scale_bits
-    return anybcq.quantize_matrix(weight, *settings)
 
 
 @torch.no_grad()
@@ -71,10 +64,9 @@ def head_moments(
     """
     sums = Sums(target.in_features, len(paths), True)
     with source.rest():
-        for i, path in enumerate(paths.values()):
-            for number, hidden in enumerate(path.batches):
-                plain = float_path.at(number * path.every)
-                wanted = None if plain is None else _head_input(source, target, plain, as_tuple)
+        for plain, batches in together(float_path, list(paths.values())):
+            wanted = None if plain is None else _head_input(source, target, plain, as_tuple)
+            for i, hidden in batches:
                 sums.add(i, _head_input(source, target, hidden, as_tuple), wanted, plain is not None)
     return sums.moments()
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from anybits.quantize.blocks import BlockRunner, HiddenStates
+from anybits.quantize.blocks import BlockRunner, HiddenStates, together
 from anybits.quantize.targets import Target
 
 
@@ -190,12 +190,10 @@ def collect(
     firsts = [group[0] for group in groups]
     watch = Watch(runner, firsts)
     sums = [Sums(_width(runner, name), len(paths), drift) for name in firsts]
-    for index in range(max(path.every * (len(path.batches) - 1) + 1 for path in paths)):
-        plain = float_path.at(index) if drift else None
+    for plain, batches in together(float_path if drift else None, paths):
         wanted = {} if plain is None else watch.inputs(plain, None)
-        for i, path in enumerate(paths):
-            hidden = path.at(index)
-            found = {} if hidden is None else watch.inputs(hidden, replaced[i])
+        for i, hidden in batches:
+            found = watch.inputs(hidden, replaced[i])
             for name, own in zip(firsts, sums, strict=True):
                 if name in found:
                     own.add(i, found[name], wanted.get(name), plain is not None)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import nn
 from anybits.checkpoint import CheckpointReader, CheckpointWriter, write_json
 from anybits.config import Recipe, StoredConfig
 from anybits.errors import AnybitsError
-from anybits.quantize import anybcq, anyprecision, block_tuning, layerwise
+from anybits.quantize import block_tuning, data_free, layerwise
 from anybits.quantize.activations import Keeper
 from anybits.quantize.blocks import BlockInputs, BlockRunner, HiddenStates, capture
 from anybits.quantize.calibration import Calibration
@@ -83,15 +83,9 @@ def quantize(
         _claim(out, run.fingerprint(model_config, version))
         run.quantize_blocks()
         rest = run.write_rest()
-    stored = StoredConfig(
-        method=recipe.method,
-        precisions=recipe.precisions,
-        targets=target_patterns(model) + ((run.head.module,) if run.head else ()),
-        group_size=recipe.group_size if recipe.method == "anybcq" else None,
-        symmetric=recipe.symmetric if recipe.method == "anybcq" else None,
-        scale_bits=recipe.stored_scale_bits,
-        recipe=recipe.to_dict() | _data_facts(calibration) | {"anybits_version": version},
-    )
+    targets = target_patterns(model) + ((run.head.module,) if run.head else ())
+    facts = recipe.to_dict() | _data_facts(calibration) | {"anybits_version": version}
+    stored = replace(_stored_config(recipe, targets), recipe=facts)
     if run.head:  # planes of its own in place of the embedding's matrix
         model_config = model_config | {"tie_word_embeddings": False}
     with explained(out):
@@ -136,6 +130,14 @@ def walk_bytes(tokens: int, hidden: int, precisions: int) -> int:
     outputs, and the outputs that are just computed.
     """
     return 4 * tokens * hidden * (precisions + 3)
+
+
+def _stored_config(recipe: Recipe, targets: tuple[str, ...]) -> StoredConfig:
+    """Return what a reader of `targets` needs to know of planes made by `recipe`."""
+    if recipe.method == "any-precision":
+        return StoredConfig(recipe.method, recipe.precisions, targets)
+    settings = recipe.group_size, recipe.symmetric
+    return StoredConfig(recipe.method, recipe.precisions, targets, *settings, scale_bits=recipe.scale_bits)
 
 
 @dataclass
@@ -245,12 +247,8 @@ class _Run:
 
     def _quantize_one(self, index: int, target: Target, sensitivity: torch.Tensor | None) -> PlaneWeight:
         weight = matrix(self.blocks[index].get_parameter(target.parameter))
-        recipe = self.recipe
-        if recipe.method == "any-precision":
-            flat = None if sensitivity is None else sensitivity.view(weight.shape)
-            return anyprecision.quantize_matrix(weight, flat, recipe.precisions)
-        settings = recipe.precisions, recipe.group_size, recipe.symmetric, recipe.rounds, recipe.scale_bits
-        return anybcq.quantize_matrix(weight, *settings)
+        flat = None if sensitivity is None else sensitivity.view(weight.shape)
+        return data_free.quantize_matrix(weight, self.recipe, flat)
 
     def _fit_and_move(
         self, index: int, weights: dict[str, PlaneWeight], walk: _Walk, fit: bool
@@ -285,10 +283,7 @@ class _Run:
     def _read_back(self, index: int) -> dict[str, PlaneWeight]:
         recipe = self.recipe
         path = self.writer.folder / f"model-{self.block_names()[index]}.safetensors"
-        group_size = recipe.group_size if recipe.method == "anybcq" else None
-        bits = recipe.stored_scale_bits
-        stored = StoredConfig(recipe.method, recipe.precisions, (), group_size, recipe.symmetric, scale_bits=bits)
-        reader = CheckpointReader([path], stored)
+        reader = CheckpointReader([path], _stored_config(recipe, ()))
         where = f"{self.prefix}.{index}"
         return {
             t.module: reader.read(f"{where}.{t.module}", t.in_features, recipe.precisions) for t in self.targets[index]

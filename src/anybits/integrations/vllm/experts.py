@@ -12,7 +12,7 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 
 from anybits.config import StoredConfig
 from anybits.errors import AnybitsError
-from anybits.integrations.vllm.linear import Served, profiles_of, publish, published, serve
+from anybits.integrations.vllm.linear import Served, publish, published, serve
 from anybits.integrations.vllm.rows import RowPrecisions
 from anybits.integrations.vllm.shards import check_columns, select_columns, select_rows
 from anybits.weight import PlaneWeight, from_tensors
@@ -106,7 +106,7 @@ class PlaneExpertsMethod(FusedMoEMethodBase):
         gate_up = self._stack(layer, "gate_up_proj", total * 2 * intermediate, hidden)
         down = self._stack(layer, "down_proj", total * hidden, intermediate)
         served = Experts(layer.activation, self.rows)
-        profiles = {name: profiles_of(self.stored, f"{layer.layer_name}.{name}") for name in STACKS}
+        profiles = {name: tuple(self.stored.profiles_of(f"{layer.layer_name}.{name}").values()) for name in STACKS}
         for expert in range(total):
             if parallel.use_ep and layer._map_global_expert_id_to_local_expert_id(expert) < 0:
                 continue

@@ -118,7 +118,7 @@ class PlaneLinearMethod(LinearMethodBase):
         self, stored: StoredConfig, rows: RowPrecisions, prefix: str, modules: Sequence[str], capturing: bool
     ) -> None:
         self.stored, self.rows, self.prefix, self.capturing = stored, rows, prefix, capturing
-        self.profiles = [profiles_of(stored, module) for module in modules]
+        self.profiles = [tuple(stored.profiles_of(module).values()) for module in modules]
 
     def create_weights(
         self,
@@ -191,14 +191,6 @@ class PlaneLinearMethod(LinearMethodBase):
         y = torch.ops.anybits.vllm_linear(x.reshape(-1, k), layer.row_precisions, layer.plane_handle, n)
         y = y.view(*x.shape[:-1], n)
         return y if bias is None else y + bias
-
-
-def profiles_of(stored: StoredConfig, module: str) -> tuple[int, ...]:
-    """Return the precision of `module` under each profile; raise AnybitsError when one does not name it."""
-    for name, modules in stored.profiles.items():
-        if module not in modules:
-            raise AnybitsError(f"profile {name} lacks {module}: every quantized module needs a precision")
-    return tuple(stored.profiles_of(module).values())
 
 
 def serve(weight: PlaneWeight, rows: RowPrecisions, profiles: tuple[int, ...], capturing: bool) -> Served:
