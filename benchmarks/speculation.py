@@ -19,6 +19,7 @@ import random
 import statistics
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,13 @@ from anybits.decode.choice import Choice
 from anybits.decode.draft_length import MAX_DRAFT, AdaptiveLength, expected_tokens
 from anybits.decode.speculation import speculate
 from anybits.decode.statistics import Statistics
-from anybits.evaluate.kernels import random_weight
+from anybits.evaluate.end_to_end import put_random_planes
 from anybits.evaluate.perplexity import split_windows
 from anybits.integrations import random_model
 from anybits.integrations import transformers as hf
 from anybits.integrations.generation import ModelStepper
 from anybits.integrations.row_invariance import row_invariant
-from anybits.linear import PlaneLinear
-from anybits.precision import ModelPrecision, precision
+from anybits.precision import precision
 
 PAIRS = [(target, draft) for target in (3, 4, 8) for draft in (2, 3) if draft < target]
 CONTEXT = 64
@@ -83,16 +83,7 @@ def make_model(method: str, layers: int, distinct: int) -> tuple[Any, int]:
         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True,
     }  # fmt: skip
     model = random_model.llama(sizes, distinct)
-    default, weights = ModelPrecision(8), 0
-    for block in model.model.layers:
-        for name, linear in list(block.named_modules()):
-            if isinstance(linear, torch.nn.Linear):
-                shape = (linear.out_features, linear.in_features)
-                group_size = 128 if method == "anybcq" else None
-                planes = PlaneLinear(shape[1], shape[0], group_size, default, dtype=torch.bfloat16)
-                planes.set_plane_weight(random_weight(shape, method, (2, 3, 4, 8)))
-                block.set_submodule(name, planes)
-                weights += shape[0] * shape[1]
+    weights = put_random_planes(model, method, (2, 3, 4, 8))
     random_model.fill(model)
     model.tie_weights()
     # One token far above the others: random logits are all near ties, which a verifying pass computes again row by row.
@@ -136,27 +127,37 @@ def pass_seconds(model: Any, clock: Any, rounds: int) -> dict[tuple[int, int], f
     return {case: statistics.median(seen) for case, seen in times.items()}
 
 
-def generation_seconds(model: Any, clock: Any, target: int, draft: int, agreement: float, seed: int) -> list[float]:
-    """Return seconds a token: plain at `target`, and with adaptive drafts at `draft`; then rounds and mean drafts.
+@dataclass(frozen=True)
+class Generation:
+    """What drafts did: speed over plain decoding; lost: share of the time that rounds added, less than 0 for a gain."""
 
-    After every round plain passes for as many tokens are timed: a machine that gets slower does so for both.
+    found: Statistics
+    speed_up: float
+    lost: float
+
+
+def generate(model: Any, clock: Any, target: int, draft: int, agreement: float, tokens: int, seed: int) -> Generation:
+    """Generate with adaptive drafts, and beside it, after every step, as many tokens plainly.
+
+    A machine that gets slower does so for both. The plain steps between rounds are the same passes on both sides.
     """
-    plain = Injected(model, agreement, target, seed)
-    plain.prefill(torch.randint(0, 100, (1, CONTEXT)), target)
-    fast = Injected(model, agreement, target, seed)
-    fast.prefill(torch.randint(0, 100, (1, CONTEXT)), target)
-    tokens, found, length = [0] * (CONTEXT + 1), Statistics(), AdaptiveLength()
-    plain_s = 0.0
-    for new in speculate(fast, Choice(), tokens, target, draft, length, CONTEXT + TOKENS, found, clock):
+    plain, fast = (Injected(model, agreement, target, seed) for _ in range(2))
+    for stepper in (plain, fast):
+        stepper.prefill(torch.randint(0, 100, (1, CONTEXT)), target)
+    done, found, choice = [0] * (CONTEXT + 1), Statistics(), Choice()
+    plain_s = rounds_s = 0.0
+    before = (0, 0.0)
+    for new in speculate(fast, choice, done, target, draft, AdaptiveLength(), CONTEXT + tokens, found, clock):
         start = clock()
         for token in new:
-            plain.forward([token], target)
-        plain_s += clock() - start
-    fast_s = found.step_s + found.draft_s + found.verify_s
-    return [plain_s / found.tokens, fast_s / found.tokens, found.rounds, found.drafted / max(1, found.rounds)]
-
-
-TOKENS = 96
+            choice.choose(done, plain.forward([token], target)[0])
+        beside = clock() - start
+        plain_s += beside
+        now = (found.rounds, found.draft_s + found.verify_s)
+        if now[0] > before[0]:
+            rounds_s += now[1] - before[1] - beside
+        before = now
+    return Generation(found, plain_s / found.seconds, 1 - plain_s / (plain_s + rounds_s))
 
 
 @torch.no_grad()
@@ -181,15 +182,19 @@ def speed(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     for k in range(1, MAX_DRAFT + 1)
                 }
                 best = max(gains, key=lambda k: gains[k])
-                ran = [
-                    generation_seconds(model, clock, target, draft, agreement, seed) for seed in range(arguments.runs)
-                ]
-                gained = statistics.median(r[0] / r[1] for r in ran) if ran else None
+                settings = target, draft, agreement, arguments.tokens
+                ran = [generate(model, clock, *settings, seed) for seed in range(arguments.runs)]
                 row = {"table": "gain", "target": target, "draft": draft, "acceptance": agreement}
                 row |= {"best_drafts": best, "predicted": round(gains[best], 3)}
                 row |= {"predicted_over_4_bits": round(gains[best] * seconds[4, 1] / plain, 3)}
-                row |= {"generated": gained and round(gained, 3)}
-                row |= {"mean_drafts": round(statistics.mean(r[3] for r in ran), 2) if ran else None}
+                if ran:
+                    drafted, rounds = (sum(getattr(r.found, name) for r in ran) for name in ("drafted", "rounds"))
+                    row |= {
+                        "generated": round(statistics.median(r.speed_up for r in ran), 3),
+                        "tokens": arguments.tokens,
+                    }
+                    row |= {"mean_drafts": round(drafted / max(1, rounds), 2), "rounds": rounds, "runs": len(ran)}
+                    row |= {"most_lost": round(max(r.lost for r in ran), 4)}
                 yield row | about
 
 
@@ -224,6 +229,7 @@ def main() -> None:
     parser.add_argument("--distinct", type=int, help="layers with planes of their own; default: all")
     parser.add_argument("--rounds", type=int, default=9, help="times that every pass is measured in turn")
     parser.add_argument("--runs", type=int, default=3, help="generations of each pair")
+    parser.add_argument("--tokens", type=int, default=96, help="tokens of a generation")
     parser.add_argument("--cpu-seconds", action="store_true", help="processor time of one thread: for a busy machine")
     parser.add_argument("--out", type=Path, required=True, help="JSON lines, appended to")
     arguments = parser.parse_args()

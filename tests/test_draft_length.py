@@ -1,6 +1,7 @@
 """How far to draft, against a simulated model whose acceptance and pass times are known."""
 
 import random
+import statistics
 
 import pytest
 import torch
@@ -36,14 +37,32 @@ class Simulated:
         self.length -= count
 
 
+class Busy(Simulated):
+    """Its passes take up to half as long again while others use the machine, by turns, and each jitters."""
+
+    work, pace, left = 0.0, 1.0, 0.0
+    """work: what all passes would have taken on a machine of one's own."""
+
+    def forward(self, tokens: list[int], precision: int) -> torch.Tensor:
+        before, noise = self.now, self._random
+        logits = super().forward(tokens, precision)
+        alone = self.now - before
+        if self.left <= 0:
+            self.pace, self.left = noise.choice([1, 1, 1.2, 1.5]), noise.expovariate(1 / 100)
+        self.work, self.left = self.work + alone, self.left - alone
+        hiccup = 2 if noise.random() < 0.02 else 1
+        self.now = before + alone * self.pace * noise.lognormvariate(0, 0.05) * hiccup
+        return logits
+
+
 def run(model: Simulated, count: int, length: AdaptiveLength | FixedLength) -> Statistics:
-    statistics, tokens = Statistics(), [15]
-    passes = speculate(model, Choice(), tokens, TARGET, DRAFT, length, count + 1, statistics, clock=lambda: model.now)
+    found, tokens = Statistics(), [15]
+    passes = speculate(model, Choice(), tokens, TARGET, DRAFT, length, count + 1, found, clock=lambda: model.now)
     for _ in passes:
         assert model.length == len(tokens) - 1
     assert tokens == [15, *(i % VOCABULARY for i in range(count))]
-    assert statistics.tokens == count
-    return statistics
+    assert found.tokens == count
+    return found
 
 
 FLAT = [1.0, 1.05, 1.1, 1.15, 1.2, 1.25, 1.3]
@@ -67,6 +86,28 @@ def test_the_length_finds_what_pays_and_never_loses_three_percent(
     assert model.now / count <= 1.12 * best
 
 
+ROW = {row: [1 + row * more for more in range(7)] for row in (0.12, 0.13, 0.2, 0.3)}
+
+
+@pytest.mark.parametrize(
+    ("acceptance", "draft_s", "row"), [(0.935, 0.93, 0.13), (0.878, 0.8, 0.2), (0.7, 0.9, 0.3), (0.85, 0.62, 0.2)]
+)
+def test_on_a_busy_machine_it_loses_no_more(acceptance: float, draft_s: float, row: float) -> None:
+    for seed in range(25):
+        model = Busy(acceptance, draft_s, ROW[row], seed)
+        run(model, 256, AdaptiveLength())
+        assert model.work <= 1.03 * 256, seed
+
+
+def test_on_a_busy_machine_it_still_gains() -> None:
+    gains = []
+    for seed in range(15):
+        model = Busy(0.9, 0.45, ROW[0.12], seed)
+        run(model, 256, AdaptiveLength())
+        gains.append(256 / model.work)
+    assert statistics.median(gains) > 1.1
+
+
 def test_a_turn_for_the_worse_ends_the_drafts_and_one_for_the_better_resumes_them() -> None:
     model, length = Simulated(0.9, 0.25, FLAT), AdaptiveLength()
     good = run(model, 500, length)
@@ -81,11 +122,11 @@ def test_a_turn_for_the_worse_ends_the_drafts_and_one_for_the_better_resumes_the
 
 def test_statistics_add_up() -> None:
     model = Simulated(0.7, 0.3, FLAT)
-    statistics = run(model, 300, FixedLength(3))
-    assert statistics.steps_at[DRAFT] == statistics.drafted
-    assert statistics.tokens == statistics.accepted + statistics.rounds + statistics.steps
-    assert statistics.seconds == pytest.approx(model.now)
-    assert statistics.acceptance == pytest.approx(0.7 * (1 + 0.7 + 0.49) / 3, abs=0.07)
+    found = run(model, 300, FixedLength(3))
+    assert found.steps_at[DRAFT] == found.drafted
+    assert found.tokens == found.accepted + found.rounds + found.steps
+    assert found.seconds == pytest.approx(model.now)
+    assert found.acceptance == pytest.approx(0.7 * (1 + 0.7 + 0.49) / 3, abs=0.07)
     adaptive = run(Simulated(0.9, 0.3, FLAT), 300, AdaptiveLength())
     assert adaptive.speed_up == pytest.approx(300 / adaptive.seconds)
 

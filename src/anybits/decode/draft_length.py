@@ -30,6 +30,8 @@ def _typical(seconds: Sequence[float]) -> float:
 class Costs:
     """Seconds of passes as running medians of the last few; guesses stand in for what was not measured yet.
 
+    Of a plain pass it is the lower quartile: a gain that is smaller than the noise of plain passes counts as none.
+
     draft_guess: seconds of a draft pass in plain passes; row_guess: what one more row adds, in plain passes.
     """
 
@@ -44,8 +46,13 @@ class Costs:
         self._draft.append(seconds)
 
     def saw_rows(self, rows: int, seconds: float) -> None:
-        """Count one pass of `rows` rows at the target precision; one row is a plain pass."""
+        """Count one pass of `rows` rows at the target precision; one row is a plain pass.
+
+        More rows never take less than one: a pass that did shows that the machine got faster since one was timed.
+        """
         self._rows.setdefault(rows, deque(maxlen=9)).append(seconds)
+        if rows > 1 and self.plain is not None and seconds < self.plain:
+            self._rows[1].append(seconds)
         self._lately.add(rows)
 
     def forget_old(self) -> None:
@@ -56,8 +63,8 @@ class Costs:
     @property
     def plain(self) -> float | None:
         """Seconds of a plain pass, None before two were seen: the first one warms caches."""
-        seen = self._rows.get(1, ())
-        return _typical(seen) if len(seen) > 1 else None
+        seen = sorted(self._rows.get(1, ()))
+        return seen[(len(seen) - 1) // 4] if len(seen) > 1 else None
 
     @property
     def draft(self) -> float:
