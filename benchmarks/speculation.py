@@ -172,7 +172,7 @@ def speed(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
             seconds = pass_seconds(model, clock, arguments.rounds)
             for (p, m), value in seconds.items():
                 yield {"table": "passes", "precision": p, "rows": m, "ms": round(value * 1e3, 2)} | about
-            for target, draft in PAIRS:
+            for target, draft in arguments.pairs:
                 agreement = measured.get((method, target, draft))
                 if agreement is None:
                     continue
@@ -196,6 +196,12 @@ def speed(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     row |= {"mean_drafts": round(drafted / max(1, rounds), 2), "rounds": rounds, "runs": len(ran)}
                     row |= {"most_lost": round(max(r.lost for r in ran), 4)}
                 yield row | about
+
+
+def pair(text: str) -> tuple[int, int]:
+    """Read target,draft."""
+    target, draft = text.split(",")
+    return int(target), int(draft)
 
 
 def read(path: Path, table: str) -> list[dict[str, Any]]:
@@ -229,6 +235,7 @@ def main() -> None:
     parser.add_argument("--distinct", type=int, help="layers with planes of their own; default: all")
     parser.add_argument("--rounds", type=int, default=9, help="times that every pass is measured in turn")
     parser.add_argument("--runs", type=int, default=3, help="generations of each pair")
+    parser.add_argument("--pairs", type=pair, nargs="*", default=PAIRS, help="target,draft ... of the speeds")
     parser.add_argument("--tokens", type=int, default=96, help="tokens of a generation")
     parser.add_argument("--cpu-seconds", action="store_true", help="processor time of one thread: for a busy machine")
     parser.add_argument("--out", type=Path, required=True, help="JSON lines, appended to")
