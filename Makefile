@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 VLLM_VENV := .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
 
-.PHONY: demo test test-gpu test-cuda-compile test-cuda-emulation test-vllm lint clean
+.PHONY: demo test test-gpu test-cuda-compile test-cuda-emulation test-vllm check-wheel lint clean
 
 demo: $(STAMP)
 	$(BIN)/anybits demo
@@ -28,6 +28,10 @@ test-cuda-emulation: $(STAMP)
 
 test-vllm: $(VLLM_STAMP)
 	$(VLLM_VENV)/bin/python -m pytest tests/vllm_plugin
+
+# The wheel, where there is no compiler (minutes: torch is installed again).
+check-wheel:
+	scripts/check_wheel.sh
 
 lint: $(STAMP)
 	$(BIN)/ruff check src tests scripts benchmarks
