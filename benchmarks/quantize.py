@@ -13,7 +13,6 @@ import argparse
 import filecmp
 import json
 import os
-import platform
 import random
 import signal
 import subprocess
@@ -22,9 +21,9 @@ import tempfile
 from pathlib import Path
 
 import torch
+from common import about_run
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from anybits import __version__
 from anybits.config import METHODS, PRESETS
 
 HIDDEN, INTERMEDIATE, KEY_VALUE, VOCABULARY = 2048, 5632, 256, 32000
@@ -51,7 +50,7 @@ try:
 except Enough:
     pass
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-print(json.dumps({"seconds": time.perf_counter() - started, "peak": peak, "threads": torch.get_num_threads()}))
+print(json.dumps({"seconds": time.perf_counter() - started, "peak": peak}))
 """
 
 
@@ -111,7 +110,7 @@ def killed_and_resumed(line: list[str], seconds: float, kills: int, seed: int) -
     moments, at = random.Random(seed), []
     for _ in range(kills):
         child = subprocess.Popen(line, stdout=subprocess.DEVNULL)
-        wait = moments.uniform(0, 2 * seconds / kills)
+        wait = moments.uniform(0, 1.6 * seconds / kills)
         try:
             child.wait(wait)
             break
@@ -142,12 +141,16 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=0, help="stop after so many blocks: enough for the peak")
     parser.add_argument("--kill", type=int, default=0, help="also kill a second run so many times and compare")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--out", type=Path, help="JSON lines, appended to")
     parser.add_argument("--folder", type=Path, help="keep the model and the results here")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
-        result = measure(arguments, folder)
-    print(json.dumps(result))
+        line = json.dumps({"table": "quantize"} | measure(arguments, folder) | about_run())
+    if arguments.out:
+        with arguments.out.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    print(line)
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
@@ -175,10 +178,6 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
         "seconds": round(seconds, 1),
         "weights_per_second": round((arguments.blocks * BLOCK or weights) / seconds),
         "peak_resident_gb": round(figures["peak"], 2),
-        "threads": figures["threads"],
-        "machine": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "anybits": __version__,
     }
     if arguments.kill:
         result |= killed_and_resumed(

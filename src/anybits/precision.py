@@ -7,13 +7,15 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
-
-import torch
+from typing import TYPE_CHECKING, TypeAlias
 
 from anybits.config import Single, check_single, parse_precision, precision_order
 from anybits.errors import AnybitsError
 
-Precision = Single | torch.Tensor
+if TYPE_CHECKING:  # the package and its command line start without torch
+    import torch
+
+Precision: TypeAlias = "Single | torch.Tensor"
 """A number of planes or the name of a profile for all rows; or an int32 tensor of codes, one per batch entry or row."""
 
 FIRST_PROFILE = 16
@@ -41,6 +43,8 @@ class ModelPrecision:
 
     def codes(self, values: Sequence[object]) -> torch.Tensor:
         """Return int32 codes `[len(values)]` for a precision of each row; raise AnybitsError for one not stored."""
+        import torch
+
         known = self._codes
         if not all(value in known for value in values):
             values = [self.check(value) for value in values]
@@ -58,6 +62,8 @@ def precision(value: Precision | float) -> Iterator[None]:
     A code is a number of bits, or what `model.precision_codes` returns for profiles. Scopes nest, and belong to
     the thread or task that opened them.
     """
+    import torch
+
     token = _scoped.set(value if isinstance(value, torch.Tensor) else parse_precision(value))
     try:
         yield
