@@ -17,13 +17,16 @@ declare -A flags
 if [ "$mode" != arm ] && [ "$(uname -m)" = x86_64 ]; then
     flags[isa_avx2]="-mavx2 -mfma -mf16c"
     flags[isa_avx512]="-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512vnni"
+    flags[step_avx2]=${flags[isa_avx2]}
+    flags[step_avx512]=${flags[isa_avx512]}
     flags[isa_amx]="${flags[isa_avx512]} -mgfni -mamx-tile -mamx-int8"
 fi
-for source in blob dispatch threads isa_portable isa_avx2 isa_avx512 isa_amx isa_neon; do
+for source in blob dispatch threads isa_portable isa_avx2 isa_avx512 isa_amx isa_neon step step_portable step_avx2 step_avx512; do
     # shellcheck disable=SC2086
     "${cxx[@]}" ${flags[$source]:-} -c "src/anybits/csrc/$source.cpp" -o "$out/$source.o" &
 done
 "${cxx[@]}" -c tests/native/driver.cpp -o "$out/driver.o"
+"${cxx[@]}" -c tests/native/step.cpp -o "$out/step_driver.o"
 wait
 "${cxx[@]}" "$out"/*.o -o "$out/driver" -ldl
 if [ "$mode" = arm ]; then qemu-aarch64 "$out/driver"; else "$out/driver"; fi

@@ -77,6 +77,32 @@ int ab_isa_best(void);
 // Bytes read per second by `threads` threads over `bytes` bytes at `memory`, in `seconds` of one pass.
 double ab_read_seconds(const void *memory, int64_t bytes, int threads);
 
+// The rest of a decode step, all in bfloat16 with sums in float32. `isa` is one that ab_isa_usable says runs.
+// Sums are taken in one order: a row's result depends neither on other rows nor on `threads`.
+
+// y [rows, n] = x [rows, k] * weight [n, k]^T + bias (NULL or [n]); 1 <= rows <= 64, rows of x are x_stride apart.
+int ab_dense(int isa, const void *weight, const void *bias, int64_t n, int64_t k, const void *x, int64_t rows,
+             int64_t x_stride, void *y, int threads);
+
+// y [rows, k] = weight [k] * (x / sqrt(mean(x^2) + eps)).
+int ab_rms_norm(int isa, const void *x, const void *weight, int64_t rows, int64_t k, float eps, void *y,
+                int threads);
+
+// y [count] = silu(gate) * up.
+int ab_silu_mul(int isa, const void *gate, const void *up, int64_t count, void *y, int threads);
+
+// Attention of one new position of each sequence; strides in elements, the last dimension dense.
+typedef struct {
+    const void *query, *key, *value;  // [batch, heads, dim], [batch, kv_heads, length, dim], [..., length, value_dim]
+    void *out;                        // [batch, heads, value_dim], dense
+    int64_t batch, heads, kv_heads, length, dim, value_dim;  // dim and value_dim are multiples of 16
+    int64_t query_batch;                                     // the heads of a query lie dim apart
+    int64_t key_batch, key_head, key_stride;
+    int64_t value_batch, value_head, value_stride;
+} ab_attention;
+
+int ab_attend(int isa, const ab_attention *attention, float scaling, int threads);
+
 // Use the OpenMP runtime that is already loaded in this process; without one the kernels run on one thread.
 // Returns whether one was found.
 int ab_use_openmp(const char *library);

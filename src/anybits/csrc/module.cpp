@@ -103,6 +103,60 @@ PyObject *dequantize(PyObject *, PyObject *const *args, Py_ssize_t given) {
     return PyLong_FromLong(status);
 }
 
+PyObject *dense(PyObject *, PyObject *const *args, Py_ssize_t given) {
+    long long v[10];
+    if (!integers(args, given, 10, v)) return nullptr;
+    int status;
+    Py_BEGIN_ALLOW_THREADS;
+    status = ab_dense(static_cast<int>(v[0]), pointer<void>(v[1]), pointer<void>(v[2]), v[3], v[4], pointer<void>(v[5]), v[6],
+                      v[7], pointer<void>(v[8]), static_cast<int>(v[9]));
+    Py_END_ALLOW_THREADS;
+    return PyLong_FromLong(status);
+}
+
+// The last argument is a float, those before it are `count` integers.
+bool integers_and_float(PyObject *const *args, Py_ssize_t given, Py_ssize_t count, long long *out, float *last) {
+    if (!integers(args, given - 1, count, out)) return false;
+    *last = static_cast<float>(PyFloat_AsDouble(args[count]));
+    return !PyErr_Occurred();
+}
+
+PyObject *rms_norm(PyObject *, PyObject *const *args, Py_ssize_t given) {
+    long long v[7];
+    float eps;
+    if (!integers_and_float(args, given, 7, v, &eps)) return nullptr;
+    int status;
+    Py_BEGIN_ALLOW_THREADS;
+    status = ab_rms_norm(static_cast<int>(v[0]), pointer<void>(v[1]), pointer<void>(v[2]), v[3], v[4], eps,
+                         pointer<void>(v[5]), static_cast<int>(v[6]));
+    Py_END_ALLOW_THREADS;
+    return PyLong_FromLong(status);
+}
+
+PyObject *silu_mul(PyObject *, PyObject *const *args, Py_ssize_t given) {
+    long long v[6];
+    if (!integers(args, given, 6, v)) return nullptr;
+    int status;
+    Py_BEGIN_ALLOW_THREADS;
+    status = ab_silu_mul(static_cast<int>(v[0]), pointer<void>(v[1]), pointer<void>(v[2]), v[3], pointer<void>(v[4]),
+                         static_cast<int>(v[5]));
+    Py_END_ALLOW_THREADS;
+    return PyLong_FromLong(status);
+}
+
+PyObject *attend(PyObject *, PyObject *const *args, Py_ssize_t given) {
+    long long v[19];
+    float scaling;
+    if (!integers_and_float(args, given, 19, v, &scaling)) return nullptr;
+    const ab_attention a = {pointer<void>(v[2]), pointer<void>(v[3]), pointer<void>(v[4]), pointer<void>(v[5]), v[6], v[7],
+                            v[8], v[9], v[10], v[11], v[12], v[13], v[14], v[15], v[16], v[17], v[18]};
+    int status;
+    Py_BEGIN_ALLOW_THREADS;
+    status = ab_attend(static_cast<int>(v[0]), &a, scaling, static_cast<int>(v[1]));
+    Py_END_ALLOW_THREADS;
+    return PyLong_FromLong(status);
+}
+
 PyObject *read_seconds(PyObject *, PyObject *const *args, Py_ssize_t given) {
     long long v[3];
     if (!integers(args, given, 3, v)) return nullptr;
@@ -146,6 +200,10 @@ PyMethodDef methods[] = {
     FAST(blob_steps, "Repack the steps of one precision's levels in 8 bits."),
     FAST(matmul, "y = x @ W_p.T; returns a status."),
     FAST(dequantize, "Write rows of W_p; returns a status."),
+    FAST(dense, "y = x @ w.T + bias in bfloat16; returns a status."),
+    FAST(rms_norm, "y = weight * x / rms(x) in bfloat16; returns a status."),
+    FAST(silu_mul, "y = silu(gate) * up in bfloat16; returns a status."),
+    FAST(attend, "Attention of one position of each sequence in bfloat16; returns a status."),
     FAST(read_seconds, "Seconds of one reading pass over memory."),
     FAST(tile_rows, "Rows interleaved in a blob of an instruction set."),
     FAST(isa_usable, "Whether this machine runs an instruction set."),

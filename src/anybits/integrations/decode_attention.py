@@ -1,7 +1,8 @@
-"""Decode attention on the CPU: one new position of each sequence, as two products over whole key heads.
+"""Decode attention on the CPU: one new position of each sequence.
 
 torch's fused attention is made for many queries. With one, in bfloat16 on a CPU without AMX, it takes ten to twenty
-times as long as the two products that it stands for; with AMX it is as fast. Everything but that stays with torch.
+times as long as the two products that it stands for; with AMX it is as fast. So one query goes through a kernel of our
+own or, with a mask or a shape that it does not take, through two products. Everything else stays with torch.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from anybits.integrations import transformers as hf
+from anybits.kernels import step
 
 NAME = "anybits_decode"
 
@@ -30,12 +32,15 @@ def attend(
     """Return `[B, M, H, Dv]` for query `[B, H, M, D]`, key `[B, Hkv, L, D]` and value `[B, Hkv, L, Dv]`.
 
     attention_mask: bool (True is seen) or added to the scores, broadcast to `[B, H, M, L]`. M = 1 in bfloat16 on a CPU
-    is computed here: products in bfloat16, the softmax in float32, as transformers' eager attention does.
+    is computed here: without a mask in float32 throughout; with one the products are in bfloat16 and the softmax in
+    float32, as in transformers' eager attention.
     """
     plain = not kwargs.get("dropout") and all(kwargs.get(name) is None for name in _ELSEWHERE)
     here = query.shape[2] == 1 and query.dtype == torch.bfloat16 and query.device.type == "cpu"
     if not here or query.requires_grad or not plain:
         return hf.sdpa_attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if attention_mask is None and step.usable(query, key, value) and step.attention_fits(query, key, value):
+        return step.attend(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling), None
     batch, heads, _, dim = query.shape
     kv_heads, length = key.shape[1:3]
     grouped = query.reshape(batch, kv_heads, heads // kv_heads, dim)

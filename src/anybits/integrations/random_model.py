@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from anybits.integrations import transformers as hf
-from anybits.integrations.decode_attention import use_decode_attention
+from anybits.integrations.decode_step import use_decode_step
 
 
 def llama(sizes: dict[str, Any], distinct: int) -> hf.PreTrainedModel:
@@ -22,7 +22,6 @@ def llama(sizes: dict[str, Any], distinct: int) -> hf.PreTrainedModel:
         model = hf.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     layers = list(model.model.layers)[:distinct]
     model.model.layers = nn.ModuleList(layers)
-    use_decode_attention(model)
     return model
 
 
@@ -41,7 +40,10 @@ def repeat_layers(model: hf.PreTrainedModel, total: int) -> None:
 
 
 def fill(model: nn.Module) -> None:
-    """Give every parameter that is on the meta device values; buffers are computed from the config."""
+    """Give every parameter that is on the meta device values, and make decode steps as fast as a loaded model's.
+
+    Buffers are computed from the config.
+    """
     noise = torch.randn(1 << 22).mul_(0.02).bfloat16()  # drawn once: timing does not depend on the values
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -54,6 +56,7 @@ def fill(model: nn.Module) -> None:
                 setattr(module, name, nn.Parameter(data, requires_grad=False))
     rotary = model.model.rotary_emb  # type: ignore[union-attr]
     model.model.rotary_emb = type(rotary)(model.config)  # type: ignore[union-attr]
+    use_decode_step(model)
 
 
 def context_of(model: hf.PreTrainedModel, positions: int) -> Any:

@@ -20,6 +20,8 @@ from torch import nn
 
 from anybits.integrations import decode_attention
 from anybits.integrations import transformers as hf
+from anybits.integrations.step_modules import DenseHead
+from anybits.kernels import step
 
 BASES: dict[str, Callable[..., tuple[torch.Tensor, None]]] = {
     "sdpa": hf.sdpa_attention,
@@ -78,7 +80,7 @@ def row_invariant(model: Any, greedy: bool, processed: bool) -> Iterator[None]:
     if own in BASES:
         model.set_attn_implementation(f"{own}_by_rows")
     head = model.get_output_embeddings()
-    hooked = greedy and type(head) is nn.Linear
+    hooked = greedy and type(head) in (nn.Linear, DenseHead)
     handle = head.register_forward_hook(_Head(head, processed)) if hooked else None
     try:
         yield
@@ -122,12 +124,14 @@ class _Head:
         if rows < 2 or not _verifying.get():
             return None
         x = inputs[0]
+        if type(self.head) is DenseHead and rows <= step.MAX_DENSE_ROWS and step.usable(x, self.head.weight):
+            return None
         alone = [row for row in range(rows) if self.always or self._close(x[0, row], logits[0, row])]
         if not alone:
             return None
         logits = logits.clone()
         for row in alone:  # as a matrix: torch 2.13 takes a hundred times as long for bf16 [1, 1, K], with equal bits
-            logits[0, row : row + 1] = nn.functional.linear(x[0, row : row + 1], self.head.weight, self.head.bias)
+            logits[0, row : row + 1] = self.head.forward(x[0, row : row + 1])
         return logits
 
     def _close(self, x: torch.Tensor, logits: torch.Tensor) -> bool:

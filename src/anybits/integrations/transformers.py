@@ -19,7 +19,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer  # noqa: F401
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa_attention  # noqa: F401
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -127,9 +127,9 @@ class AnybitsQuantizer(HfQuantizer):
         model.anybits_bytes_read = self.reader.bytes_read
         self.reader = None
         attach_precision(model, self.default)
-        from anybits.integrations import decode_attention  # it builds on this module
+        from anybits.integrations import decode_step  # it builds on this module
 
-        decode_attention.use_decode_attention(model)
+        decode_step.use_decode_step(model)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -298,10 +298,14 @@ def register_attention(name: str, function: Callable[..., Any], like: str | None
         transformers.AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[like])
 
 
+SHORTENABLE: set[type] = {DynamicLayer, DynamicSlidingWindowLayer}
+"""Layers of a cache that hold keys and values which grow, and can forget the last of them."""
+
+
 def can_be_shortened(cache: Any) -> bool:
-    """Return whether positions can be taken off the end of `cache`: its layers hold keys and values that grow."""
+    """Return whether positions can be taken off the end of `cache`."""
     layers = getattr(cache, "layers", None)
-    return layers is not None and all(type(one) in (DynamicLayer, DynamicSlidingWindowLayer) for one in layers)
+    return layers is not None and all(type(one) in SHORTENABLE for one in layers)
 
 
 def has_window(cache: Any) -> bool:

@@ -1,0 +1,275 @@
+// What stands between the products of one decode step: the dense output layer, norms, the gated activation, attention
+// of one new position. bfloat16 in and out, float32 in between. One source for all instruction sets: vectors of 16
+// floats, which each step_*.cpp compiles with its own flags.
+#pragma once
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "anybits.h"
+#include "convert.h"
+#include "step_kernels.h"
+
+namespace {
+
+constexpr int LANES = 16;
+
+typedef float floats __attribute__((vector_size(64)));
+typedef float eight __attribute__((vector_size(32)));
+typedef float four __attribute__((vector_size(16)));
+typedef uint32_t words __attribute__((vector_size(64)));
+typedef int32_t integers __attribute__((vector_size(64)));
+typedef uint16_t halves __attribute__((vector_size(32)));
+
+#define STEP_INLINE inline __attribute__((always_inline))
+
+STEP_INLINE floats load_floats(const float *at) {
+    floats v;
+    memcpy(&v, at, sizeof v);
+    return v;
+}
+
+STEP_INLINE floats load_bf16(const uint16_t *at) {
+    halves h;
+    memcpy(&h, at, sizeof h);
+    const words w = __builtin_convertvector(h, words) << 16;
+    floats v;
+    memcpy(&v, &w, sizeof v);
+    return v;
+}
+
+// Rounds to nearest even; NaN stays NaN.
+STEP_INLINE void store_bf16(uint16_t *at, floats v) {
+    words w;
+    memcpy(&w, &v, sizeof w);
+    const words rounded = (w + 0x7fff + (w >> 16 & 1)) >> 16;
+    const words nan = (words)(v != v);
+    const halves h = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), halves);
+    memcpy(at, &h, sizeof h);
+}
+
+STEP_INLINE floats rounded_bf16(floats v) {
+    uint16_t h[LANES];
+    store_bf16(h, v);
+    return load_bf16(h);
+}
+
+// Halves are added until four are left: each step is one instruction.
+STEP_INLINE float sum_of(floats v) {
+    eight parts[2];
+    memcpy(parts, &v, sizeof v);
+    const eight e = parts[0] + parts[1];
+    four quarters[2];
+    memcpy(quarters, &e, sizeof e);
+    const four f = quarters[0] + quarters[1];
+    return (f[0] + f[2]) + (f[1] + f[3]);
+}
+
+STEP_INLINE floats splat(float f) { return floats{} + f; }
+
+// e^v with a relative error below 1e-6; 0 below -87, infinite above 88.
+STEP_INLINE floats exp_of(floats v) {
+    const floats low = splat(-87.0f), high = splat(88.0f);
+    const floats inside = v < low ? low : (v > high ? high : v);
+    const floats turns = inside * 1.44269504f + 12582912.0f;  // rounds to an integer in the low bits
+    integers n;
+    memcpy(&n, &turns, sizeof n);
+    const floats whole = turns - 12582912.0f;
+    const floats r = (inside - whole * 0.693359375f) + whole * 2.12194440e-4f;
+    floats p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    const integers power = ((n - 0x4b400000) + 127) << 23;
+    floats scale;
+    memcpy(&scale, &power, sizeof scale);
+    p *= scale;
+    p = v < low ? splat(0.0f) : (v > high ? splat(INFINITY) : p);
+    return v != v ? v : p;
+}
+
+// Calls body(values of a and b, how many count, where) for 16 elements at a time; what lies past the end reads as 0.
+template <class F>
+STEP_INLINE void over(const uint16_t *a, const uint16_t *b, int64_t count, F &&body) {
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) body(load_bf16(a + i), load_bf16(b + i), LANES, i);
+    if (i == count) return;
+    uint16_t tail[2][LANES] = {};
+    memcpy(tail[0], a + i, static_cast<size_t>(count - i) * 2);
+    memcpy(tail[1], b + i, static_cast<size_t>(count - i) * 2);
+    body(load_bf16(tail[0]), load_bf16(tail[1]), static_cast<int>(count - i), i);
+}
+
+STEP_INLINE void store_some(uint16_t *at, floats v, int count) {
+    if (count == LANES) return store_bf16(at, v);
+    uint16_t h[LANES];
+    store_bf16(h, v);
+    memcpy(at, h, static_cast<size_t>(count) * 2);
+}
+
+// y = bf16(weight * bf16(x / sqrt(mean(x^2) + eps))), rounded where torch rounds it.
+void rms_norm(const uint16_t *x, const uint16_t *weight, int64_t k, float eps, uint16_t *y) {
+    floats squares = {};
+    over(x, x, k, [&](floats v, floats, int, int64_t) { squares += v * v; });
+    const float scale = 1.0f / sqrtf(sum_of(squares) / static_cast<float>(k) + eps);
+    over(x, weight, k, [&](floats v, floats w, int n, int64_t i) { store_some(y + i, rounded_bf16(v * scale) * w, n); });
+}
+
+// y = bf16(bf16(g / (1 + e^-g)) * u).
+void silu_mul(const uint16_t *gate, const uint16_t *up, int64_t count, uint16_t *y) {
+    over(gate, up, count, [&](floats g, floats u, int n, int64_t i) {
+        store_some(y + i, rounded_bf16(g / (exp_of(-g) + 1.0f)) * u, n);
+    });
+}
+
+// R rows of w with M rows of x, which are float32 and padded with zeros to whole steps. The sums of a pair do not depend
+// on R and M: a row's result is the same in every batch.
+template <int R, int M>
+STEP_INLINE void dense_tile(const uint16_t *const *w, const float *x, int64_t x_stride, int64_t k, float *sums) {
+    floats sum[R][M] = {};
+    int64_t i = 0;
+    for (; i + LANES <= k; i += LANES) {
+        floats v[R];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) {
+            __builtin_prefetch(w[r] + i + 1024, 0, 2);
+            v[r] = load_bf16(w[r] + i);
+        }
+#pragma GCC unroll 4
+        for (int m = 0; m < M; m++) {
+            const floats a = load_floats(x + m * x_stride + i);
+#pragma GCC unroll 4
+            for (int r = 0; r < R; r++) sum[r][m] += v[r] * a;
+        }
+    }
+    if (i < k)
+        for (int r = 0; r < R; r++) {
+            uint16_t tail[LANES] = {};
+            memcpy(tail, w[r] + i, static_cast<size_t>(k - i) * 2);
+            for (int m = 0; m < M; m++) sum[r][m] += load_bf16(tail) * load_floats(x + m * x_stride + i);
+        }
+    for (int r = 0; r < R; r++)
+        for (int m = 0; m < M; m++) sums[r * M + m] = sum_of(sum[r][m]);
+}
+
+constexpr int DENSE_AT_ONCE = 4;  // rows of w, and of x
+
+template <int R>
+STEP_INLINE void dense_rows(const DenseCall &c, const uint16_t *const *w, int64_t n) {
+    for (int m = 0; m < c.rows; m += DENSE_AT_ONCE) {
+        const int here = c.rows - m < DENSE_AT_ONCE ? c.rows - m : DENSE_AT_ONCE;
+        const float *x = c.x + m * c.x_stride;
+        float sums[R * DENSE_AT_ONCE];
+        switch (here) {
+            case 1: dense_tile<R, 1>(w, x, c.x_stride, c.k, sums); break;
+            case 2: dense_tile<R, 2>(w, x, c.x_stride, c.k, sums); break;
+            case 3: dense_tile<R, 3>(w, x, c.x_stride, c.k, sums); break;
+            default: dense_tile<R, 4>(w, x, c.x_stride, c.k, sums); break;
+        }
+        for (int r = 0; r < R; r++)
+            for (int i = 0; i < here; i++) {
+                const float bias = c.bias ? bf16_to_float(c.bias[n + r]) : 0.0f;
+                c.y[(m + i) * c.n + n + r] = float_to_bf16(sums[r * here + i] + bias);
+            }
+    }
+}
+
+void widen(const uint16_t *x, int64_t k, float *out) {
+    for (int64_t i = 0; i < k; i++) out[i] = bf16_to_float(x[i]);
+}
+
+void dense(const DenseCall &c, int64_t first, int64_t last) {
+    const uint16_t *w[DENSE_AT_ONCE];
+    int64_t n = first;
+    for (; n + DENSE_AT_ONCE <= last; n += DENSE_AT_ONCE) {
+        for (int r = 0; r < DENSE_AT_ONCE; r++) w[r] = c.weight + (n + r) * c.k;
+        dense_rows<DENSE_AT_ONCE>(c, w, n);
+    }
+    for (; n < last; n++) {
+        w[0] = c.weight + n * c.k;
+        dense_rows<1>(c, w, n);
+    }
+}
+
+// Scores of Q queries [Q, dim] (float32) with every key, times `scaling`, and their greatest.
+template <int Q>
+STEP_INLINE void scores_of(const AttendCall &c, const uint16_t *key, const float *query, float *scores, float *most) {
+    for (int q = 0; q < Q; q++) most[q] = -INFINITY;
+    for (int64_t l = 0; l < c.length; l++) {
+        const uint16_t *row = key + l * c.key_stride;
+        floats sum[Q] = {};
+        for (int64_t i = 0; i < c.dim; i += LANES) {
+            const floats k = load_bf16(row + i);
+            for (int q = 0; q < Q; q++) sum[q] += k * load_floats(query + q * c.dim + i);
+        }
+        for (int q = 0; q < Q; q++) {
+            const float score = sum_of(sum[q]) * c.scaling;
+            scores[q * c.padded + l] = score;
+            most[q] = score > most[q] ? score : most[q];
+        }
+    }
+}
+
+// Sums of values, each times its share; V vectors of 16 at a time.
+template <int Q, int V>
+STEP_INLINE void weigh(const AttendCall &c, const uint16_t *value, const float *shares, const float *whole, uint16_t *out) {
+    floats sum[Q][V] = {};
+    for (int64_t l = 0; l < c.length; l++)
+        for (int i = 0; i < V; i++) {
+            const floats v = load_bf16(value + l * c.value_stride + i * LANES);
+            for (int q = 0; q < Q; q++) sum[q][i] += v * shares[q * c.padded + l];
+        }
+    for (int q = 0; q < Q; q++)
+        for (int i = 0; i < V; i++) store_bf16(out + q * c.value_dim + i * LANES, sum[q][i] / whole[q]);
+}
+
+template <int Q>
+STEP_INLINE void attend_queries(const AttendCall &c, const uint16_t *key, const uint16_t *value, const uint16_t *query,
+                                float *scratch, uint16_t *out) {
+    float *const floats_of_query = scratch, *const scores = scratch + Q * c.dim;
+    float most[Q], whole[Q];
+    widen(query, Q * c.dim, floats_of_query);
+    scores_of<Q>(c, key, floats_of_query, scores, most);
+    for (int q = 0; q < Q; q++) {
+        float *row = scores + q * c.padded;
+        for (int64_t l = c.length; l < c.padded; l++) row[l] = -INFINITY;
+        floats sum = {};
+        for (int64_t l = 0; l < c.padded; l += LANES) {
+            const floats share = exp_of(load_floats(row + l) - most[q]);
+            memcpy(row + l, &share, sizeof share);
+            sum += share;
+        }
+        whole[q] = sum_of(sum);
+    }
+    int64_t i = 0;
+    for (; i + 4 * LANES <= c.value_dim; i += 4 * LANES) weigh<Q, 4>(c, value + i, scores, whole, out + i);
+    for (; i < c.value_dim; i += LANES) weigh<Q, 1>(c, value + i, scores, whole, out + i);
+}
+
+// Pairs of a sequence and a key head, first ... last - 1; the query heads that share the key head, four at a time.
+void attend(const AttendCall &c, int64_t first, int64_t last, float *scratch) {
+    for (int64_t pair = first; pair < last; pair++) {
+        const int64_t batch = pair / c.kv_heads, head = pair % c.kv_heads, shared = c.heads / c.kv_heads;
+        const uint16_t *key = c.key + batch * c.key_batch + head * c.key_head;
+        const uint16_t *value = c.value + batch * c.value_batch + head * c.value_head;
+        for (int64_t q = 0; q < shared; q += QUERIES_AT_ONCE) {
+            const int64_t at = head * shared + q;
+            const uint16_t *query = c.query + batch * c.query_batch + at * c.dim;
+            uint16_t *out = c.out + (batch * c.heads + at) * c.value_dim;
+            switch (shared - q) {
+                case 1: attend_queries<1>(c, key, value, query, scratch, out); break;
+                case 2: attend_queries<2>(c, key, value, query, scratch, out); break;
+                case 3: attend_queries<3>(c, key, value, query, scratch, out); break;
+                default: attend_queries<4>(c, key, value, query, scratch, out); break;
+            }
+        }
+    }
+}
+
+const StepKernels kernels = {dense, rms_norm, silu_mul, attend};
+
+}  // namespace

@@ -1,0 +1,37 @@
+// What step.h computes, as each instruction set offers it.
+#pragma once
+
+#include <stdint.h>
+
+// y [rows, n] = x [rows, k] * weight [n, k]^T + bias. x is float32, each row zero from k to the next multiple of 32.
+struct DenseCall {
+    const uint16_t *weight, *bias;  // bias: NULL or [n]
+    const float *x;
+    int64_t n, k, x_stride;
+    int rows;
+    uint16_t *y;
+};
+
+// One new position of each sequence. Strides in elements; the last dimension of each tensor is dense.
+struct AttendCall {
+    const uint16_t *query, *key, *value;  // [batch, heads, dim], [batch, kv_heads, length, dim], [... value_dim]
+    uint16_t *out;                        // [batch, heads, value_dim], dense
+    int64_t heads, kv_heads, length, dim, value_dim;  // dim and value_dim are multiples of 16
+    int64_t query_batch, key_batch, key_head, key_stride, value_batch, value_head, value_stride;
+    int64_t padded;  // length, rounded up to a multiple of 16
+    float scaling;
+};
+
+constexpr int QUERIES_AT_ONCE = 4;
+
+struct StepKernels {
+    void (*dense)(const DenseCall &call, int64_t first, int64_t last);  // rows of weight
+    void (*rms_norm)(const uint16_t *x, const uint16_t *weight, int64_t k, float eps, uint16_t *y);
+    void (*silu_mul)(const uint16_t *gate, const uint16_t *up, int64_t count, uint16_t *y);
+    // Pairs of a sequence and a key head. scratch: QUERIES_AT_ONCE * (dim + padded) floats.
+    void (*attend)(const AttendCall &call, int64_t first, int64_t last, float *scratch);
+};
+
+const StepKernels *step_portable();
+const StepKernels *step_avx2();
+const StepKernels *step_avx512();

@@ -1,0 +1,143 @@
+"""Modules of a loaded model that run in one call each: norms, gated activations, the output layer's few rows.
+
+In transformers a norm is six operators and a gated activation two, and torch's bfloat16 product of one row uses one
+thread. A module is replaced where its class computes the standard formula: that is asked of the module itself, by
+comparing it with the kernel on random rows. It keeps its parameters, its place and its class as a base; whatever is
+not bfloat16 on a CPU, outside autograd, runs as before.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import torch
+from torch import nn
+
+from anybits.kernels import step
+
+_PROBED_ROWS = 3
+_TOLERANCE = 2 * torch.finfo(torch.bfloat16).eps
+
+
+class _Norm:
+    """RMSNorm: weight * x / sqrt(mean(x²) + eps)."""
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        """Return `[..., K]` for x `[..., K]`."""
+        if step.usable(x, self.weight):
+            return step.rms_norm(x, self.weight, _eps(self))
+        return super().forward(x)  # type: ignore[misc]
+
+
+class _GatedMLP:
+    """down(silu(gate(x)) * up(x))."""
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        """Return `[..., K]` for x `[..., K]`."""
+        if step.usable(x):
+            return self.down_proj(step.silu_mul(self.gate_proj(x), self.up_proj(x)))
+        return super().forward(x)  # type: ignore[misc]
+
+
+class DenseHead(nn.Linear):
+    """nn.Linear whose row's result is the same in every batch of up to `step.MAX_DENSE_ROWS` rows."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return `[..., N]` for x `[..., K]`."""
+        if 0 < x.numel() <= step.MAX_DENSE_ROWS * self.in_features and step.usable(x, self.weight):
+            return step.dense(x, self.weight, self.bias)
+        return super().forward(x)
+
+
+def use_step_modules(model: Any) -> None:
+    """Let norms, gated MLPs and the output layer of a bfloat16 model on a CPU take the kernels of a decode step."""
+    if step.isa_number() is None:
+        return
+    for module in model.modules():
+        if _is_norm(module):
+            module.__class__ = _with(_Norm, type(module))
+        elif _is_gated_mlp(module):
+            module.__class__ = _with(_GatedMLP, type(module))
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if type(head) is nn.Linear and head.weight.is_contiguous() and _ours(head.weight, head.bias):
+        head.__class__ = DenseHead
+
+
+_made: dict[tuple[type, type], type] = {}
+
+
+def _with(first: type, base: type) -> Any:
+    """Return the class of `base`'s modules that run `first`'s forward; one for all modules, so that copies work."""
+    if (first, base) not in _made:
+        about = {"__module__": base.__module__, "__doc__": base.__doc__}
+        _made[first, base] = types.new_class(base.__name__, (first, base), exec_body=lambda body: body.update(about))
+    return _made[first, base]
+
+
+def _ours(*tensors: torch.Tensor | None) -> bool:
+    return all(t is None or (t.dtype is torch.bfloat16 and t.device.type == "cpu") for t in tensors)
+
+
+def _eps(norm: Any) -> float:
+    found = getattr(norm, "variance_epsilon", None)
+    return float(norm.eps if found is None else found)
+
+
+def _is_norm(module: Any) -> bool:
+    if not type(module).__name__.endswith("RMSNorm") or isinstance(module, _Norm):
+        return False
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, nn.Parameter) or weight.ndim != 1 or not _ours(weight) or list(module.children()):
+        return False
+    if not (hasattr(module, "variance_epsilon") or hasattr(module, "eps")):
+        return False
+    x = _rows(weight.shape[0])
+    with torch.no_grad():
+        return _agree(module.forward(x), step.rms_norm(x, weight, _eps(module)))
+
+
+def _is_gated_mlp(module: Any) -> bool:
+    names = {name for name, _ in module.named_children()}
+    if names != {"gate_proj", "up_proj", "down_proj", "act_fn"} or isinstance(module, _GatedMLP):
+        return False
+    if not isinstance(module.act_fn, nn.SiLU) and type(module.act_fn).__name__ != "SiLUActivation":
+        return False
+    cls = type(module)
+    if cls not in _gated:
+        _gated[cls] = _computes_gated(cls)
+    return _gated[cls]
+
+
+_gated: dict[type, bool] = {}
+
+
+def _computes_gated(cls: Any) -> bool:
+    """Return whether `cls.forward` is down(silu(gate(x)) * up(x)), seen on small layers in its own layers' place."""
+    like = cls.__new__(cls)
+    nn.Module.__init__(like)
+    like.act_fn = nn.SiLU()
+    for name, sizes in (("gate_proj", (32, 48)), ("up_proj", (32, 48)), ("down_proj", (48, 32))):
+        layer = nn.Linear(*sizes, bias=False, device="meta")
+        layer.weight = nn.Parameter(_rows(sizes[0]).repeat(sizes[1], 1)[: sizes[1]], requires_grad=False)
+        setattr(like, name, layer)
+    x = _rows(32)
+    with torch.no_grad():
+        try:
+            own = cls.forward(like, x)
+        except (AttributeError, TypeError):  # it needs more than its layers
+            return False
+        return _agree(own, like.down_proj(step.silu_mul(like.gate_proj(x), like.up_proj(x))))
+
+
+def _rows(columns: int) -> torch.Tensor:
+    """Return `[3, columns]` of several magnitudes, the same each time; the caller's random state stays."""
+    generator = torch.Generator().manual_seed(columns)
+    rows = torch.randn(_PROBED_ROWS, columns, generator=generator) * torch.tensor([[0.01], [1.0], [30.0]])
+    return rows.bfloat16()
+
+
+def _agree(own: Any, ours: torch.Tensor) -> bool:
+    if not isinstance(own, torch.Tensor) or own.shape != ours.shape or own.dtype != ours.dtype:
+        return False
+    return bool(torch.allclose(own.float(), ours.float(), rtol=_TOLERANCE, atol=_TOLERANCE * float(ours.abs().max())))

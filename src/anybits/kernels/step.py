@@ -1,0 +1,129 @@
+"""What stands between the products of a decode step on the CPU (csrc/step.h): bfloat16 tensors, sums in float32.
+
+A call costs its Python, and torch's several operators in the place of one call cost it several times. torch's product
+of one bfloat16 row besides uses one thread: the output layer of 128,256 x 4096 took 55 ms on a Zen 4 that reads
+36 GB/s, and takes 37 here; with eight rows 64 and 60.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from types import ModuleType
+
+import torch
+
+from anybits.errors import AnybitsError
+from anybits.kernels import cpu
+
+MAX_DENSE_ROWS = 8
+"""Rows of x up to which `dense` is used: with more, torch's product is faster."""
+
+
+def usable(*tensors: torch.Tensor) -> bool:
+    """Return whether these kernels take `tensors`: bfloat16 on the CPU, outside autograd and torch.compile."""
+    return (
+        isa_number() is not None
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and all(t.dtype is torch.bfloat16 and t.is_cpu and type(t) in _PLAIN for t in tensors)
+    )
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+@cache
+def isa_number() -> int | None:
+    """Return the number of the instruction set (ANYBITS_CPU_ISA or the best); None when the kernels were not built."""
+    library = cpu.library()
+    if library is None:
+        return None
+    name = os.environ.get("ANYBITS_CPU_ISA")
+    return cpu.ISAS.index(name) if name in cpu.ISAS else int(library.isa_best())
+
+
+def _loaded() -> ModuleType:
+    library = cpu.library()
+    assert library is not None, "usable() said that there is no library"
+    return library
+
+
+def dense(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Return x `[..., K]` @ weight.T + bias as `[..., N]`, for a contiguous weight `[N, K]`, bias `[N]` or None.
+
+    A row's result does not depend on the other rows, nor on the number of threads. At most 64 rows.
+    """
+    n, k = weight.shape
+    rows = x.reshape(-1, k).contiguous()
+    y = torch.empty((*x.shape[:-1], n), dtype=torch.bfloat16)
+    bias_at = None if bias is None else bias.data_ptr()
+    _check(
+        _loaded().dense(
+            isa_number(), weight.data_ptr(), bias_at, n, k, rows.data_ptr(), rows.shape[0], k, y.data_ptr(),
+            torch.get_num_threads(),
+        )
+    )  # fmt: skip
+    return y
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Return weight `[K]` * (x `[..., K]` / sqrt(mean(x²) + eps)); the fraction is rounded before it is multiplied."""
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    k = weight.shape[0]
+    _check(
+        _loaded().rms_norm(
+            isa_number(), x.data_ptr(), weight.data_ptr(), x.numel() // k, k, y.data_ptr(), torch.get_num_threads(), eps
+        )
+    )  # fmt: skip
+    return y
+
+
+def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """Return silu(gate) * up for tensors of one shape; silu(gate) is rounded before it is multiplied."""
+    gate, up = gate.contiguous(), up.contiguous()
+    y = torch.empty_like(gate)
+    _check(
+        _loaded().silu_mul(
+            isa_number(), gate.data_ptr(), up.data_ptr(), gate.numel(), y.data_ptr(), torch.get_num_threads()
+        )
+    )
+    return y
+
+
+def attention_fits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Return whether `attend` takes these shapes and strides."""
+    dim, value_dim = query.shape[-1], value.shape[-1]
+    return (
+        query.shape[2] == 1
+        and dim % 16 == value_dim % 16 == 0
+        and query.shape[1] % key.shape[1] == 0
+        and query.stride(3) == key.stride(3) == value.stride(3) == 1
+        and (query.stride(1) == dim or query.shape[1] == 1)
+    )
+
+
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Return softmax(query @ key.T * scaling) @ value as `[B, 1, H, Dv]`, each query head over its key head.
+
+    query: `[B, H, 1, D]`, key: `[B, Hkv, L, D]`, value: `[B, Hkv, L, Dv]`, for which `attention_fits`. Every sum is
+    taken in float32 and only the result is rounded.
+    """
+    batch, heads, _, dim = query.shape
+    kv_heads, length = key.shape[1:3]
+    out = torch.empty((batch, 1, heads, value.shape[3]), dtype=torch.bfloat16)
+    _check(
+        _loaded().attend(
+            isa_number(), torch.get_num_threads(),
+            query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(),
+            batch, heads, kv_heads, length, dim, value.shape[3],
+            query.stride(0), *key.stride()[:3], *value.stride()[:3], scaling,
+        )
+    )  # fmt: skip
+    return out
+
+
+def _check(status: int) -> None:
+    if status:
+        raise AnybitsError(f"the CPU kernels of a decode step refused their arguments (status {status})")
