@@ -1,7 +1,5 @@
 // Affine levels: y = sum over blocks of (sum_b scale_b * T_b) * s + offset * S, where T_b is the signed sum of
 // a block's activations under plane b. Four activations have 16 signed sums; a table of them, indexed by four
-// bits of a plane, replaces four additions by one lookup. An entry is a 16-bit number kept as two bytes,
-// 255 * high + low, because byte lookups are what every instruction set has.
 #pragma once
 
 #include "call.h"
@@ -10,6 +8,12 @@
 namespace {
 
 constexpr int WIDE_TABLE = 256, FAST_TABLE = 128;  // bytes of a step's tables: 8 of 16 entries, one or two bytes each
+
+// How entries are kept: one byte, two bytes of two tables, or whole 16-bit numbers for two rows of x and more.
+enum Entries { FAST_BYTES, TWO_BYTES, WORDS };
+
+constexpr int table_of(Entries entries) { return entries == FAST_BYTES ? FAST_TABLE : WIDE_TABLE; }
+
 constexpr float WIDE_LIMIT = 255.0f * 127.0f, FAST_LIMIT = 127.0f;
 
 template <class I>
@@ -44,8 +48,8 @@ inline void write_table(const float *x, float inverse, bool wide, uint8_t *high,
         for (int e = 0; e < 16; e++) low[e] = static_cast<uint8_t>(l[e] ^ I::TABLE_FLIP);
 }
 
-// The largest signed sum of four neighbours decides the scale; `sum` is the exact sum of the block.
-inline float block_peak(const float *x, int64_t columns, float *sum) {
+// The largest signed sum of four neighbours, an entry, decides the scale; `sum` is the sum of the block.
+inline float peak_of_fours(const float *x, int64_t columns, float *sum) {
     float peak = 0, total = 0;
     for (int64_t i = 0; i < columns; i += 4) {
         const float a = __builtin_fabsf(x[i]) + __builtin_fabsf(x[i + 1]);
@@ -84,10 +88,15 @@ inline float peak_of(const float *x, int64_t count) {
 
 // One block in place: integers where every entry of a table is to be an exact sum of them. With bf16, every kernel
 // adds up the same integers, in tables or in matrices, and so gets the same result.
-inline Grid affine_block(const Call &c, float *x, int64_t columns, float limit, float *sum) {
+template <class I>
+inline Grid affine_block(const Call &c, float *x, int64_t columns, float *sum) {
     const bool exact = c.dtype == AB_BF16 && !c.fast;
-    const float peak = block_peak(x, columns, sum);
-    Grid grid = grid_of(peak, *sum, limit, exact);
+    float peak;
+    if constexpr (I::WORD_ENTRIES)
+        peak = c.fast ? peak_of_fours(x, columns, sum) : I::peak_of_pairs(x, columns, sum);
+    else
+        peak = peak_of_fours(x, columns, sum);
+    Grid grid = grid_of(peak, *sum, c.fast ? FAST_LIMIT : WIDE_LIMIT, exact);
     if (!(grid.inverse > 0)) {
         memset(x, 0, static_cast<size_t>(columns) * sizeof(float));
     } else if (exact) {
@@ -95,6 +104,15 @@ inline Grid affine_block(const Call &c, float *x, int64_t columns, float limit, 
         grid.inverse = 1;
     }
     return grid;
+}
+
+// The eight tables of a step as bytes. Byte j of a word: low nibble, then high nibble.
+template <class I>
+inline void write_step(const float *x, float inverse, bool wide, uint8_t *out) {
+    for (int j = 0; j < 4; j++) {
+        write_table<I>(x + 8 * j, inverse, wide, out + 16 * j, out + 128 + 16 * j);
+        write_table<I>(x + 8 * j + 4, inverse, wide, out + 64 + 16 * j, out + 192 + 16 * j);
+    }
 }
 
 template <class I>
@@ -109,14 +127,17 @@ void affine_activations(const Call &c, int row, float *floats) {
         const int64_t first = block * h->block_columns;
         const int64_t last = first + h->block_columns < padded ? first + h->block_columns : padded;
         float sum;
-        const Grid grid = affine_block(c, floats + first, last - first, wide ? WIDE_LIMIT : FAST_LIMIT, &sum);
+        const Grid grid = affine_block<I>(c, floats + first, last - first, &sum);
         c.scales[row * c.scale_stride + block] = grid.scale;
         c.sums[row * c.scale_stride + block] = sum;
         for (int64_t k = first; k < last; k += STEP, out += table) {
-            for (int j = 0; j < 4; j++) {  // byte j of a word: low nibble, then high nibble
-                write_table<I>(floats + k + 8 * j, grid.inverse, wide, out + 16 * j, out + 128 + 16 * j);
-                write_table<I>(floats + k + 8 * j + 4, grid.inverse, wide, out + 64 + 16 * j, out + 192 + 16 * j);
+            if constexpr (I::WORD_ENTRIES) {
+                if (wide) {
+                    I::write_entries(floats + k, grid.inverse, c.dtype == AB_BF16, c.rows > 1, out);
+                    continue;
+                }
             }
+            write_step<I>(floats + k, grid.inverse, wide, out);
         }
     }
 }
@@ -133,6 +154,7 @@ struct Chunk {
     const float *scales[MC];
     const float *sums[MC];
     float *y[MC];  // [tile_rows] partial results
+    int64_t next;  // floats from a tile's results to the next one's
 };
 
 // Lanes of the f-th vector of an entry's levels; those in 8 bits times their steps, which other levels have none of.
@@ -143,52 +165,65 @@ inline typename I::F level_in_steps(const uint8_t *level, const float *steps, in
     return value;
 }
 
-// Blocks first ... last - 1 of one tile for MC rows of x at one precision. STEPS is the steps of a block when
+// Blocks first ... last - 1 of NT tiles for MC rows of x at one precision. STEPS is the steps of a block when
 // that is known, so that its tables can stay in registers from plane to plane; 0 otherwise.
-template <class I, int MC, bool WIDE, int DTYPE, int STEPS>
-void affine_tile(const Header *h, int precision, int64_t tile, int64_t first, int64_t last, const Chunk<MC> &chunk,
-                 int64_t prefetch) {
+template <class I, int MC, int NT, Entries E, int DTYPE, int STEPS>
+void affine_tiles(const Header *h, int precision, int64_t tile, int64_t first, int64_t last, const Chunk<MC> &chunk,
+                  int64_t prefetch) {
     using F = typename I::F;
     constexpr int FV = I::TILE / I::LANES;
-    constexpr int TABLE = WIDE ? WIDE_TABLE : FAST_TABLE;
+    constexpr int TABLE = table_of(E);
     const int64_t level_bytes = I::TILE * level_size(DTYPE), entries = affine_entries(h->shape, precision);
     const int64_t block_steps = h->block_columns / STEP, step_bytes = I::TILE * 4;
+    const int64_t tile_levels = h->groups * entries * level_bytes, tile_steps = entries * I::TILE;
     const uint8_t *planes = plane_at(h, 0, tile), *levels = affine_levels_at(h, precision, tile);
     const float *steps_of_rows = affine_steps_at(h, precision, tile);
-    const int64_t level_ahead = prefetch == STREAM_AHEAD ? STREAM_AHEAD : h->groups * entries * level_bytes;
-    F y[MC][FV];
-    for (int m = 0; m < MC; m++)
-        for (int f = 0; f < FV; f++) y[m][f] = I::load(chunk.y[m] + f * I::LANES);
+    const int64_t level_ahead = prefetch == STREAM_AHEAD ? STREAM_AHEAD : NT * tile_levels;
+    F y[NT][MC][FV];
+    for (int n = 0; n < NT; n++)
+        for (int m = 0; m < MC; m++)
+            for (int f = 0; f < FV; f++) y[n][m][f] = I::load(chunk.y[m] + n * chunk.next + f * I::LANES);
     for (int64_t block = first; block < last; block++) {
         const int64_t step = block * block_steps;
         const int steps = STEPS ? STEPS : static_cast<int>(h->steps - step < block_steps ? h->steps - step : block_steps);
         const uint8_t *at = planes + step * step_bytes;
         const uint8_t *level = levels + block / h->blocks_per_group * entries * level_bytes;
-        for (int64_t i = 0; i < 128; i += 64) fetch_ahead(level + level_ahead + i);
+        for (int n = 0; n < NT; n++)
+            for (int64_t i = 0; i < 128; i += 64) fetch_ahead(level + n * tile_levels + level_ahead + i);
         const uint8_t *tables[MC];
         for (int m = 0; m < MC; m++) tables[m] = chunk.tables[m] + step * TABLE;
-        F z[MC][FV];
-        for (int m = 0; m < MC; m++)
-            for (int f = 0; f < FV; f++) z[m][f] = I::zero();
+        F z[NT][MC][FV];
+        for (int n = 0; n < NT; n++)
+            for (int m = 0; m < MC; m++)
+                for (int f = 0; f < FV; f++) z[n][m][f] = I::zero();
         for (int b = 0; b < precision; b++, at += h->plane_stride, level += level_bytes) {
-            for (int64_t i = 0; i < steps * step_bytes; i += 64) fetch_ahead(at + prefetch + i);
-            F sums[MC][FV];
-            I::template lookup<MC, WIDE, STEPS>(at, steps, tables, sums);
-            for (int f = 0; f < FV; f++) {
-                const F scale = level_in_steps<I, DTYPE>(level, steps_of_rows + b * I::TILE, f);
-                for (int m = 0; m < MC; m++) z[m][f] = I::fma(scale, sums[m][f], z[m][f]);
-            }
+            for (int n = 0; n < NT; n++)
+                for (int64_t i = 0; i < steps * step_bytes; i += 64) fetch_ahead(at + n * h->tile_bytes + prefetch + i);
+            F sums[NT][MC][FV];
+            I::template lookup<MC, NT, E, STEPS>(at, h->tile_bytes, steps, tables, sums);
+            for (int n = 0; n < NT; n++)
+                for (int f = 0; f < FV; f++) {
+                    const float *steps_here = steps_of_rows + n * tile_steps + b * I::TILE;
+                    const F scale = level_in_steps<I, DTYPE>(level + n * tile_levels, steps_here, f);
+                    for (int m = 0; m < MC; m++) z[n][m][f] = I::fma(scale, sums[n][m][f], z[n][m][f]);
+                }
         }
-        for (int m = 0; m < MC; m++)
-            for (int f = 0; f < FV; f++) y[m][f] = I::fma(z[m][f], I::set1(chunk.scales[m][block]), y[m][f]);
+        for (int n = 0; n < NT; n++)
+            for (int m = 0; m < MC; m++)
+                for (int f = 0; f < FV; f++)
+                    y[n][m][f] = I::fma(z[n][m][f], I::set1(chunk.scales[m][block]), y[n][m][f]);
         if (!h->shape.has_offsets) continue;
-        for (int f = 0; f < FV; f++) {
-            const F offset = level_in_steps<I, DTYPE>(level, steps_of_rows + precision * I::TILE, f);
-            for (int m = 0; m < MC; m++) y[m][f] = I::fma(offset, I::set1(chunk.sums[m][block]), y[m][f]);
-        }
+        for (int n = 0; n < NT; n++)
+            for (int f = 0; f < FV; f++) {
+                const float *steps_here = steps_of_rows + n * tile_steps + precision * I::TILE;
+                const F offset = level_in_steps<I, DTYPE>(level + n * tile_levels, steps_here, f);
+                for (int m = 0; m < MC; m++)
+                    y[n][m][f] = I::fma(offset, I::set1(chunk.sums[m][block]), y[n][m][f]);
+            }
     }
-    for (int m = 0; m < MC; m++)
-        for (int f = 0; f < FV; f++) I::store(chunk.y[m] + f * I::LANES, y[m][f]);
+    for (int n = 0; n < NT; n++)
+        for (int m = 0; m < MC; m++)
+            for (int f = 0; f < FV; f++) I::store(chunk.y[m] + n * chunk.next + f * I::LANES, y[n][m][f]);
 }
 
 template <class I>
@@ -220,10 +255,18 @@ struct Piece {
     int64_t prefetch;
 };
 
-template <class I, int MC, bool WIDE, int DTYPE>
-void affine_chunk(const Call &c, const Segment &s, int position, const Piece &piece, float *scratch) {
-    const Header *h = c.weight;
-    for (int64_t t = 0; t < piece.tiles; t++) {
+template <class I, int MC, int NT, Entries E, int DTYPE>
+void affine_chunk(const Header *h, int precision, int64_t tile, const Piece &piece, const Chunk<MC> &chunk) {
+    if (h->block_columns == TABLE_COLUMNS && h->steps % 4 == 0)
+        affine_tiles<I, MC, NT, E, DTYPE, 4>(h, precision, tile, piece.first, piece.last, chunk, piece.prefetch);
+    else
+        affine_tiles<I, MC, NT, E, DTYPE, 0>(h, precision, tile, piece.first, piece.last, chunk, piece.prefetch);
+}
+
+template <class I, int MC, Entries E, int DTYPE>
+void affine_rows(const Call &c, int precision, int position, const Piece &piece, float *scratch) {
+    constexpr int NT = MC == 1 ? 1 : I::TILES_TOGETHER;  // one row is bound by memory, which two tiles at once make slower
+    for (int64_t t = 0; t < piece.tiles;) {
         Chunk<MC> chunk;
         for (int m = 0; m < MC; m++) {
             const int row = c.order[position + m];
@@ -232,31 +275,33 @@ void affine_chunk(const Call &c, const Segment &s, int position, const Piece &pi
             chunk.sums[m] = c.sums + row * c.scale_stride;
             chunk.y[m] = scratch + (t * c.rows + position + m) * I::TILE;
         }
-        const int64_t tile = piece.tile + t;
-        const bool even = h->block_columns == TABLE_COLUMNS && h->steps % 4 == 0;
-        if (even)
-            affine_tile<I, MC, WIDE, DTYPE, 4>(h, s.precision, tile, piece.first, piece.last, chunk, piece.prefetch);
+        chunk.next = c.rows * I::TILE;
+        if (t + NT <= piece.tiles)
+            affine_chunk<I, MC, NT, E, DTYPE>(c.weight, precision, piece.tile + t, piece, chunk), t += NT;
         else
-            affine_tile<I, MC, WIDE, DTYPE, 0>(h, s.precision, tile, piece.first, piece.last, chunk, piece.prefetch);
+            affine_chunk<I, MC, 1, E, DTYPE>(c.weight, precision, piece.tile + t, piece, chunk), t += 1;
     }
 }
 
-template <class I, bool WIDE, int DTYPE>
+template <class I, Entries E, int DTYPE>
 void affine_piece(const Call &c, Piece piece, float *scratch) {
+    constexpr int MOST = I::LOOKUP_ROWS;
     for (int i = 0; i < c.segment_count; i++) {
         const Segment &s = c.segments[i];
-        for (int done = 0; done < s.count;) {
+        for (int done = 0, taken; done < s.count; done += taken) {
             const int left = s.count - done, position = s.first + done;
-            if (I::LOOKUP_ROWS >= 4 && left >= 4) {
-                affine_chunk<I, I::LOOKUP_ROWS >= 4 ? 4 : 1, WIDE, DTYPE>(c, s, position, piece, scratch);
-                done += 4;
-            } else if (I::LOOKUP_ROWS >= 2 && left >= 2) {
-                affine_chunk<I, I::LOOKUP_ROWS >= 2 ? 2 : 1, WIDE, DTYPE>(c, s, position, piece, scratch);
-                done += 2;
-            } else {
-                affine_chunk<I, 1, WIDE, DTYPE>(c, s, position, piece, scratch);
-                done += 1;
-            }
+            taken = left < MOST ? left : MOST;
+            if (taken > 4 && taken < 8) taken = 4;
+            if (taken == 8)
+                affine_rows<I, MOST >= 8 ? 8 : 1, E, DTYPE>(c, s.precision, position, piece, scratch);
+            else if (taken >= 4)
+                affine_rows<I, MOST >= 4 ? 4 : 1, E, DTYPE>(c, s.precision, position, piece, scratch);
+            else if (taken == 3)
+                affine_rows<I, MOST >= 3 ? 3 : 1, E, DTYPE>(c, s.precision, position, piece, scratch);
+            else if (taken == 2)
+                affine_rows<I, MOST >= 2 ? 2 : 1, E, DTYPE>(c, s.precision, position, piece, scratch);
+            else
+                affine_rows<I, 1, E, DTYPE>(c, s.precision, position, piece, scratch);
             piece.prefetch = 0;  // the planes of this piece are in the cache from now on
         }
     }
@@ -264,30 +309,30 @@ void affine_piece(const Call &c, Piece piece, float *scratch) {
 
 constexpr int64_t PIECE_COLUMNS = 512;  // columns whose tables, for four rows of x, stay in the first-level cache
 
-template <class I, bool WIDE, int DTYPE>
+template <class I, Entries E, int DTYPE>
 void affine_multiply(const Call &c, int64_t first, int64_t last, float *scratch) {
     const Header *h = c.weight;
-    const bool streaming = c.segment_count == 1 && c.rows <= I::LOOKUP_ROWS;
-    const int64_t group = streaming ? 1 : TILE_GROUP;
+    const bool streaming = c.segment_count == 1 && c.rows <= 4 && c.rows <= I::LOOKUP_ROWS;
+    const int64_t group = streaming ? I::TILES_TOGETHER : TILE_GROUP;
     const int64_t at_once = streaming ? h->blocks : PIECE_COLUMNS / h->block_columns;
     for (int64_t tile = first; tile < last; tile += group) {
         const int64_t tiles = last - tile < group ? last - tile : group;
         memset(scratch, 0, static_cast<size_t>(tiles * c.rows * I::TILE) * sizeof(float));
         for (int64_t block = 0; block < h->blocks; block += at_once) {
             const int64_t end = block + at_once < h->blocks ? block + at_once : h->blocks;
-            affine_piece<I, WIDE, DTYPE>(c, {tile, tiles, block, end, streaming ? STREAM_AHEAD : h->tile_bytes}, scratch);
+            affine_piece<I, E, DTYPE>(c, {tile, tiles, block, end, streaming ? STREAM_AHEAD : h->tile_bytes}, scratch);
         }
         store_tiles<I>(c, tile, tiles, scratch);
     }
 }
 
-template <class I, bool WIDE>
+template <class I, Entries E>
 void affine_by_dtype(const Call &c, int64_t first, int64_t last, float *scratch) {
     switch (c.weight->shape.level_dtype) {
-        case AB_F16: return affine_multiply<I, WIDE, AB_F16>(c, first, last, scratch);
-        case AB_BF16: return affine_multiply<I, WIDE, AB_BF16>(c, first, last, scratch);
-        case AB_I8: return affine_multiply<I, WIDE, AB_I8>(c, first, last, scratch);
-        default: return affine_multiply<I, WIDE, AB_F32>(c, first, last, scratch);
+        case AB_F16: return affine_multiply<I, E, AB_F16>(c, first, last, scratch);
+        case AB_BF16: return affine_multiply<I, E, AB_BF16>(c, first, last, scratch);
+        case AB_I8: return affine_multiply<I, E, AB_I8>(c, first, last, scratch);
+        default: return affine_multiply<I, E, AB_F32>(c, first, last, scratch);
     }
 }
 

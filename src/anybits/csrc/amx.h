@@ -78,7 +78,7 @@ inline void affine_lane(const Call &c, const Group &group, int lane, float *floa
         const int64_t first = block * h->block_columns;
         const int64_t last = first + h->block_columns < padded ? first + h->block_columns : padded;
         float sum;
-        const Grid grid = affine_block(c, floats + first, last - first, WIDE_LIMIT, &sum);
+        const Grid grid = affine_block<Avx512>(c, floats + first, last - first, &sum);
         scales[block * group.count + lane] = grid.scale, sums[block * group.count + lane] = sum;
         for (int64_t t = 0; t < tiles; t++, out += tile_rows * TILE_ROW) {
             const int64_t k = first + 64 * t;

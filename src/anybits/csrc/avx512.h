@@ -7,14 +7,31 @@
 
 namespace {
 
+// For table j of a step and activation i of an entry: what lane L takes from 32 activations, or their negatives after them.
+// Entry L % 16 has +x[i] where bit i is set; lanes from 16 on belong to the columns of a word's upper half.
+struct EntryPlaces {
+    alignas(64) int16_t at[4][4][32] = {};
+    constexpr EntryPlaces() {
+        for (int j = 0; j < 4; j++)
+            for (int i = 0; i < 4; i++)
+                for (int lane = 0; lane < 32; lane++)
+                    at[j][i][lane] = static_cast<int16_t>(4 * j + i + (lane & 16) + (lane >> i & 1 ? 0 : 32));
+    }
+};
+constexpr EntryPlaces ENTRY_PLACES;
+
 struct Avx512 {
     using V = __m512i;
     using F = __m512;
     static constexpr int TILE = 16, LANES = 16, BYTES = 64;
-    static constexpr int LOOKUP_ROWS = 4, DOT_ROWS = 4;  // rows of x that go through an inner loop together
+    static constexpr int LOOKUP_ROWS = 4;       // rows of x that go through an inner loop together
+    static constexpr int OUTPUTS_TOGETHER = 2;  // codebook: output rows that share what is read of x
+    static constexpr int PARTS_TOGETHER = 2;    // and parts whose centroids stay in registers
+    static constexpr int TILES_TOGETHER = 1;             // and tiles
     static constexpr bool OWN_DEQUANTIZE = true;
     static constexpr bool ROW_WORDS = true;
     static constexpr int TABLE_FLIP = 0;
+    static constexpr bool WORD_ENTRIES = true;
 
     static F zero() { return _mm512_setzero_ps(); }
     static F set1(float v) { return _mm512_set1_ps(v); }
@@ -46,39 +63,165 @@ struct Avx512 {
         for (; i < n; i++) out[i] = float_to_f16(p[i]);
     }
 
-    // A vector is one step: 16 rows' words. The four bytes of a word index four tables that stand side by side
-    // in one register, so the byte's place in the word is bits 4 and 5 of its index.
-    template <int MC, bool WIDE, int STEPS>
-    static inline __attribute__((always_inline)) void lookup(const uint8_t *plane, int steps,
-                                                             const uint8_t *const *tables, F (*sums)[1]) {
-        const V nibble = _mm512_set1_epi32(0x0f0f0f0f), place = _mm512_set1_epi32(0x30201000);
-        const V one = _mm512_set1_epi8(1), top = _mm512_set1_epi8(WIDE ? -1 : 1);  // 255 as an unsigned byte
-        constexpr int TABLE = WIDE ? WIDE_TABLE : FAST_TABLE;
-        V acc[MC][2];
-        for (int m = 0; m < MC; m++) acc[m][0] = acc[m][1] = _mm512_setzero_si512();
+    // The largest signed sum of eight neighbours: two entries are added in 16 bits.
+    static float peak_of_pairs(const float *x, int64_t columns, float *sum) {
+        F peak = zero(), total = zero();
+        for (int64_t i = 0; i < columns; i += 16) {
+            const F v = load(x + i);
+            F a = _mm512_abs_ps(v);
+            a = _mm512_add_ps(a, _mm512_permute_ps(a, 0xB1));
+            a = _mm512_add_ps(a, _mm512_permute_ps(a, 0x4E));
+            a = _mm512_add_ps(a, _mm512_shuffle_f32x4(a, a, 0xB1));
+            peak = _mm512_max_ps(peak, a);
+            total = _mm512_add_ps(total, v);
+        }
+        *sum = _mm512_reduce_add_ps(total);
+        return _mm512_reduce_max_ps(peak);
+    }
+
+    // The 128 entries of a step as 16 bits, 32 to a vector: table j has the sums of nibble j of a word's lower half, then of its
+    // upper half. `whole`: x are integers.
+    static void entries_of(const float *x, float inverse, bool whole, V *out) {
+        if (whole) {
+            const __m256i low = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(load(x)));
+            const __m256i high = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(load(x + 16)));
+            const V q = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+            const V negative = _mm512_sub_epi16(_mm512_setzero_si512(), q);
+            for (int j = 0; j < 4; j++) {
+                V terms[4];
+                for (int i = 0; i < 4; i++)
+                    terms[i] = _mm512_permutex2var_epi16(q, _mm512_load_si512(ENTRY_PLACES.at[j][i]), negative);
+                out[j] = _mm512_add_epi16(_mm512_add_epi16(terms[0], terms[1]), _mm512_add_epi16(terms[2], terms[3]));
+            }
+            return;
+        }
+        const __mmask16 plus[4] = {0xAAAA, 0xCCCC, 0xF0F0, 0xFF00};  // entries with +x[i]
+        for (int j = 0; j < 4; j++) {
+            __m256i halves[2];
+            for (int half = 0; half < 2; half++) {
+                F terms[4];
+                for (int i = 0; i < 4; i++) {
+                    const float v = x[16 * half + 4 * j + i];
+                    terms[i] = _mm512_mask_blend_ps(plus[i], set1(-v), set1(v));
+                }
+                const F sum = _mm512_add_ps(_mm512_add_ps(terms[0], terms[1]), _mm512_add_ps(terms[2], terms[3]));
+                halves[half] = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(sum, set1(inverse))));
+            }
+            out[j] = _mm512_inserti64x4(_mm512_castsi256_si512(halves[0]), halves[1], 1);
+        }
+    }
+
+    // The tables of a step: entries as they are, or high and low bytes, 256 * high + low, of those of tables 0 and 2 and of
+    // tables 1 and 3.
+    static void write_entries(const float *x, float inverse, bool whole, bool words, uint8_t *out) {
+        V entries[4];
+        entries_of(x, inverse, whole, entries);
+        if (words) {
+            for (int j = 0; j < 4; j++) _mm512_storeu_si512(out + 64 * j, entries[j]);
+            return;
+        }
+        for (int j = 0; j < 4; j++) {
+            const V high = _mm512_srai_epi16(_mm512_add_epi16(entries[j], _mm512_set1_epi16(128)), 8);
+            uint8_t *at = out + 64 * (j & 1) + 32 * (j >> 1);
+            _mm256_storeu_si256(reinterpret_cast<__m256i *>(at), _mm512_cvtepi16_epi8(high));
+            _mm256_storeu_si256(reinterpret_cast<__m256i *>(at + 128), _mm512_cvtepi16_epi8(entries[j]));
+        }
+    }
+
+    // A vector is one step: 16 rows' words. `next`: bytes from a tile's plane to the next one's.
+    template <int MC, int NT, Entries E, int STEPS>
+    static inline __attribute__((always_inline)) void lookup(const uint8_t *plane, int64_t next, int steps,
+                                                             const uint8_t *const *tables, F (*sums)[MC][1]) {
         const int count = STEPS ? STEPS : steps;
         const uint8_t *T[MC];
         for (int m = 0; m < MC; m++) {
             T[m] = tables[m];
             if (MC > 1) asm("" : "+r"(T[m]));  // or the compiler keeps tables from plane to plane, on the stack
         }
+        if constexpr (E == WORDS)
+            lookup_words<MC, NT>(plane, next, count, T, sums);
+        else
+            for (int n = 0; n < NT; n++) lookup_bytes<MC, E == TWO_BYTES>(plane + n * next, count, T, sums[n]);
+    }
+
+    // Each half of a word has its 16 entries of a table: bit 4 of an index says which half. Two entries are added in 16 bits
+    // and then widened: vpermw, vpaddw and vpdpwssd together are as fast as vpermw alone. Tables of several rows are used
+    // for two tiles once they are loaded, because loads are the next bound.
+    template <int MC, int NT>
+    static inline __attribute__((always_inline)) void lookup_words(const uint8_t *plane, int64_t next, int count,
+                                                                   const uint8_t *const *T, F (*sums)[MC][1]) {
+        const V nibble = _mm512_set1_epi32(0x000f000f), half = _mm512_set1_epi32(0x00100000), one = _mm512_set1_epi16(1);
+        constexpr int CHAINS = MC * NT > 2 ? 1 : 2;
+        V acc[NT][MC][CHAINS];
+        for (int n = 0; n < NT; n++)
+            for (int m = 0; m < MC; m++)
+                for (int i = 0; i < CHAINS; i++) acc[n][m][i] = _mm512_setzero_si512();
 #pragma GCC unroll 4
         for (int t = 0; t < count; t++) {
-            const V v = _mm512_loadu_si512(plane + t * 64);
-            const V low = _mm512_ternarylogic_epi32(v, nibble, place, 0xEA);  // (v & nibble) | place
-            const V high = _mm512_ternarylogic_epi32(_mm512_srli_epi32(v, 4), nibble, place, 0xEA);
+            V words[NT];
+            for (int n = 0; n < NT; n++) {
+                words[n] = _mm512_loadu_si512(plane + n * next + t * 64);
+                asm("" : "+v"(words[n]));  // or every shift loads it again
+            }
+#pragma GCC unroll 2
+            for (int j = 0; j < 2; j++) {
+                V first[NT], second[NT];  // (words >> 4 * nibble & 15) | half
+                for (int n = 0; n < NT; n++) {
+                    first[n] = _mm512_ternarylogic_epi32(j ? _mm512_srli_epi16(words[n], 8) : words[n], nibble, half, 0xEA);
+                    second[n] = _mm512_ternarylogic_epi32(_mm512_srli_epi16(words[n], 8 * j + 4), nibble, half, 0xEA);
+                }
 #pragma GCC unroll 8
-            for (int m = 0; m < MC; m++) {
-                const uint8_t *at = T[m] + t * TABLE;
-                acc[m][0] = _mm512_dpbusd_epi32(acc[m][0], top, _mm512_permutexvar_epi8(low, _mm512_loadu_si512(at)));
-                acc[m][1] = _mm512_dpbusd_epi32(acc[m][1], top, _mm512_permutexvar_epi8(high, _mm512_loadu_si512(at + 64)));
-                if constexpr (WIDE) {
-                    acc[m][0] = _mm512_dpbusd_epi32(acc[m][0], one, _mm512_permutexvar_epi8(low, _mm512_loadu_si512(at + 128)));
-                    acc[m][1] = _mm512_dpbusd_epi32(acc[m][1], one, _mm512_permutexvar_epi8(high, _mm512_loadu_si512(at + 192)));
+                for (int m = 0; m < MC; m++) {
+                    const uint8_t *at = T[m] + t * WIDE_TABLE + 128 * j;
+                    const V a = _mm512_loadu_si512(at), b = _mm512_loadu_si512(at + 64);
+                    for (int n = 0; n < NT; n++) {
+                        const V pair = _mm512_add_epi16(_mm512_permutexvar_epi16(first[n], a),
+                                                        _mm512_permutexvar_epi16(second[n], b));
+                        V &sum = acc[n][m][j % CHAINS];
+                        sum = _mm512_dpwssd_epi32(sum, pair, one);
+                    }
                 }
             }
         }
-        for (int m = 0; m < MC; m++) sums[m][0] = _mm512_cvtepi32_ps(_mm512_add_epi32(acc[m][0], acc[m][1]));
+        for (int n = 0; n < NT; n++)
+            for (int m = 0; m < MC; m++)
+                sums[n][m][0] = _mm512_cvtepi32_ps(
+                    CHAINS == 1 ? acc[n][m][0] : _mm512_add_epi32(acc[n][m][0], acc[n][m][CHAINS - 1]));
+    }
+
+    // The four bytes of a word index four tables that stand side by side in one register, so a table's place is bits 4 and 5
+    // of its byte's index.
+    template <int MC, bool WIDE>
+    static inline __attribute__((always_inline)) void lookup_bytes(const uint8_t *plane, int count,
+                                                                   const uint8_t *const *T, F (*sums)[1]) {
+        const V nibble = _mm512_set1_epi32(0x0f0f0f0f), one = _mm512_set1_epi8(1);
+        const V place = _mm512_set1_epi32(WIDE ? 0x30102000 : 0x30201000);
+        constexpr int TABLE = WIDE ? WIDE_TABLE : FAST_TABLE;
+        V high[MC][2], low[MC][2];
+        for (int m = 0; m < MC; m++) high[m][0] = high[m][1] = low[m][0] = low[m][1] = _mm512_setzero_si512();
+#pragma GCC unroll 4
+        for (int t = 0; t < count; t++) {
+            const V v = _mm512_loadu_si512(plane + t * 64);
+            V index[2];  // (v & nibble) | place
+            index[0] = _mm512_ternarylogic_epi32(v, nibble, place, 0xEA);
+            index[1] = _mm512_ternarylogic_epi32(_mm512_srli_epi32(v, 4), nibble, place, 0xEA);
+#pragma GCC unroll 8
+            for (int m = 0; m < MC; m++)
+#pragma GCC unroll 2
+                for (int i = 0; i < 2; i++) {
+                    const uint8_t *at = T[m] + t * TABLE + 64 * i;
+                    high[m][i] = _mm512_dpbusd_epi32(high[m][i], one, _mm512_permutexvar_epi8(index[i], _mm512_loadu_si512(at)));
+                    if constexpr (WIDE)
+                        low[m][i] = _mm512_dpbusd_epi32(low[m][i], one,
+                                                        _mm512_permutexvar_epi8(index[i], _mm512_loadu_si512(at + 128)));
+                }
+        }
+        for (int m = 0; m < MC; m++) {
+            V sum = _mm512_add_epi32(high[m][0], high[m][1]);
+            if constexpr (WIDE)
+                sum = _mm512_add_epi32(_mm512_slli_epi32(sum, 8), _mm512_add_epi32(low[m][0], low[m][1]));
+            sums[m][0] = _mm512_cvtepi32_ps(sum);
+        }
     }
 
     static F any_level(const Header *h, const uint8_t *p, const float *steps, int64_t entry) {
@@ -147,6 +290,7 @@ struct Avx512 {
     static V right(V v) { return _mm512_srli_epi16(v, N); }
     template <int N>
     static V left(V v) { return _mm512_slli_epi16(v, N); }
+    static V down(V v, int n) { return _mm512_srl_epi16(v, _mm_cvtsi32_si128(n)); }
 
     // Even columns, then odd ones: a 16-bit lane of codes holds an even column below an odd one.
     static void reorder(const int16_t *q, int16_t *out) {
@@ -205,6 +349,17 @@ struct Avx512 {
             out.w[2] = find(b), out.w[3] = find(_mm512_srli_epi16(b, 8));
         }
     };
+
+    // What is loaded of x serves both output rows.
+    static void two_dots(const Words &a, const Words &b, const int16_t *x, F *out) {
+        V first = _mm512_setzero_si512(), second = first;
+        for (int i = 0; i < 4; i++) {
+            V v = _mm512_loadu_si512(x + 32 * i);
+            asm("" : "+v"(v));  // or each product loads it again
+            first = _mm512_dpwssd_epi32(first, a.w[i], v), second = _mm512_dpwssd_epi32(second, b.w[i], v);
+        }
+        out[0] = _mm512_cvtepi32_ps(first), out[1] = _mm512_cvtepi32_ps(second);
+    }
 
     static F dot(const Words &w, const int16_t *x) {
         V sum = _mm512_dpwssd_epi32(_mm512_setzero_si512(), w.w[0], _mm512_loadu_si512(x));

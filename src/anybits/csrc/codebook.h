@@ -90,7 +90,7 @@ inline void merge_codes(const typename I::V *planes, typename I::V *codes) {
 
 // Spans first ... last - 1 of one output row for MC rows of x at precision P, added to sums[m] of LANES floats.
 template <class I, int P, int MC>
-void codebook_row(const Call &c, const int *rows, int64_t n, int64_t first, int64_t last, float *sums_at, int64_t ahead) {
+void codebook_row(const Call &c, int64_t n, int64_t first, int64_t last, int64_t ahead, float *sums_at) {
     using V = typename I::V;
     using F = typename I::F;
     constexpr int PIECES = 64 / I::BYTES;
@@ -101,8 +101,8 @@ void codebook_row(const Call &c, const int *rows, int64_t n, int64_t first, int6
     const float *scales[MC];
     F sums[MC];
     for (int m = 0; m < MC; m++) {
-        x[m] = reinterpret_cast<const int16_t *>(c.tables + rows[m] * c.table_stride);
-        scales[m] = c.scales + rows[m] * c.scale_stride;
+        x[m] = reinterpret_cast<const int16_t *>(c.tables + c.order[m] * c.table_stride);
+        scales[m] = c.scales + c.order[m] * c.scale_stride;
         sums[m] = I::load(sums_at + m * I::LANES);
     }
     for (int64_t span = first; span < last; span++) {
@@ -110,7 +110,7 @@ void codebook_row(const Call &c, const int *rows, int64_t n, int64_t first, int6
             V planes[P], codes[8];
             for (int b = 0; b < P; b++) {
                 const uint8_t *at = plane + b * h->plane_stride + span * 64 + piece * I::BYTES;
-                if (piece == 0) ahead == STREAM_AHEAD ? fetch_ahead(at + ahead) : __builtin_prefetch(at + ahead);
+                if (piece == 0) fetch_ahead(at + ahead);
                 planes[b] = I::load_bytes(at);
             }
             merge_codes<I, P>(planes, codes);
@@ -126,56 +126,154 @@ void codebook_row(const Call &c, const int *rows, int64_t n, int64_t first, int6
     for (int m = 0; m < MC; m++) I::store(sums_at + m * I::LANES, sums[m]);
 }
 
-constexpr int64_t PIECE_SPANS = 4;  // spans whose activations, for four rows of x, stay in the first-level cache
+constexpr int64_t PIECE_SPANS = 4;  // spans whose codes are made at a time, at most
+constexpr int64_t PIECE_ROWS = 16;  // rows of x one of whose spans, or fewer with more spans, stay in the first-level cache
 
-// One segment over a tile of output rows; `sums` holds LANES partial sums for each position and output row.
+// Spans first ... last - 1 of one output row as codes at precision P, 64 columns after 64 of a piece; bits above P are left over.
 template <class I, int P>
-void codebook_segment(const Call &c, const Segment &s, int64_t first, int64_t count, float *sums) {
-    const int64_t spans = c.weight->spans, at_once = s.count <= 2 ? spans : PIECE_SPANS;
-    const int64_t ahead = at_once == spans ? STREAM_AHEAD : c.weight->tile_bytes;
-    for (int64_t span = 0; span < spans; span += at_once) {
-        const int64_t end = span + at_once < spans ? span + at_once : spans;
-        for (int done = 0; done < s.count;) {
-            const int left = s.count - done, *rows = c.order + s.first + done;
-            float *at = sums + (s.first + done) * I::LANES;
-            int taken = 0;
-            for (int64_t r = 0; r < count; r++) {
-                float *here = at + r * c.rows * I::LANES;
-                if (I::DOT_ROWS >= 4 && left >= 4)
-                    codebook_row<I, P, I::DOT_ROWS >= 4 ? 4 : 1>(c, rows, first + r, span, end, here, ahead), taken = 4;
-                else if (I::DOT_ROWS >= 2 && left >= 2)
-                    codebook_row<I, P, I::DOT_ROWS >= 2 ? 2 : 1>(c, rows, first + r, span, end, here, ahead), taken = 2;
-                else
-                    codebook_row<I, P, 1>(c, rows, first + r, span, end, here, ahead), taken = 1;
+void store_codes(const Header *h, int64_t n, int64_t first, int64_t last, int64_t ahead, uint8_t *out) {
+    const uint8_t *plane = plane_at(h, 0, n);
+    for (int64_t span = first; span < last; span++) {
+        for (int piece = 0; piece < 64 / I::BYTES; piece++, out += 8 * I::BYTES) {
+            typename I::V planes[P], codes[8];
+            for (int b = 0; b < P; b++) {
+                const uint8_t *at = plane + b * h->plane_stride + span * 64 + piece * I::BYTES;
+                if (piece == 0) __builtin_prefetch(at + ahead), fetch_ahead(at + CODEBOOK_TILE * h->tile_bytes);
+                planes[b] = I::load_bytes(at);
             }
-            done += taken;
+            merge_codes<I, P>(planes, codes);
+            for (int i = 0; i < 8; i++) I::store_bytes(out + i * I::BYTES, codes[i]);
         }
     }
-    for (int64_t r = 0; r < count; r++) {
-        const float row_scale = row_scales(c.weight, P)[first + r];
-        for (int p = s.first; p < s.first + s.count; p++) {
-            float *at = sums + (r * c.rows + p) * I::LANES;
-            at[0] = I::total(I::load(at)) * row_scale;
+}
+
+// Where rows of x lie, by position.
+struct Sources {
+    const int16_t *x[AB_MAX_ROWS];
+    const float *scales[AB_MAX_ROWS];
+};
+
+// One segment at precision P with the codes of R output rows at precision P + shift, [R][SPAN * (last - first)]: a code is the
+// first bits of a longer one. What is looked up stays in registers for all rows of x, and what is read of x serves R output rows.
+template <class I, int P, int R>
+void codebook_products(const Call &c, const Sources &from, const Segment &s, int64_t n, int64_t first, int64_t last, int shift,
+                       const uint8_t *codes, float *sums_at) {
+    using F = typename I::F;
+    using Table = typename I::template Table<P>;
+    constexpr int PARTS = I::PARTS_TOGETHER;
+    const Table tables[] = {Table(centroids_at(c.weight, P, n)), Table(centroids_at(c.weight, P, n + R - 1))};
+    const int64_t next = c.rows * I::LANES, bytes = (last - first) * SPAN;
+    const int begin = s.first, end = s.first + s.count;
+    for (int64_t span = first; span < last; span++)
+        for (int piece = 0; piece < 64 / I::BYTES; piece++)
+            for (int part = 0; part < 4; part += PARTS, codes += 2 * PARTS * I::BYTES) {
+                typename I::Words w[PARTS][R];
+                for (int i = 0; i < PARTS; i++)
+                    for (int r = 0; r < R; r++) {
+                        const uint8_t *at = codes + r * bytes + 2 * i * I::BYTES;
+                        typename I::V a = I::load_bytes(at), b = I::load_bytes(at + I::BYTES);
+                        if (shift) a = I::down(a, shift), b = I::down(b, shift);
+                        tables[r].lookup(a, b, w[i][r]);
+                    }
+                const int64_t column = span * SPAN + part * PART + piece * I::BYTES, scale = span * 4 + part;
+                for (int m = begin; m < end; m++) {
+                    F sums[R], products[R];
+                    for (int r = 0; r < R; r++) sums[r] = I::load(sums_at + r * next + m * I::LANES);
+                    for (int i = 0; i < PARTS; i++) {
+                        const int16_t *x = from.x[m] + column + i * PART;
+                        if constexpr (R == 2)
+                            I::two_dots(w[i][0], w[i][1], x, products);
+                        else
+                            products[0] = I::dot(w[i][0], x);
+                        for (int r = 0; r < R; r++)
+                            sums[r] = I::fma(products[r], I::set1(from.scales[m][scale + i]), sums[r]);
+                    }
+                    for (int r = 0; r < R; r++) I::store(sums_at + r * next + m * I::LANES, sums[r]);
+                }
+            }
+}
+
+template <class I, int R>
+void codebook_segments(const Call &c, const Sources &from, int64_t n, int64_t first, int64_t last, float *sums) {
+    void (*const store[])(const Header *, int64_t, int64_t, int64_t, int64_t, uint8_t *) = {
+        store_codes<I, 1>, store_codes<I, 2>, store_codes<I, 3>, store_codes<I, 4>,
+        store_codes<I, 5>, store_codes<I, 6>, store_codes<I, 7>, store_codes<I, 8>};
+    void (*const products[])(const Call &, const Sources &, const Segment &, int64_t, int64_t, int64_t, int, const uint8_t *,
+                             float *) = {
+        codebook_products<I, 1, R>, codebook_products<I, 2, R>, codebook_products<I, 3, R>, codebook_products<I, 4, R>,
+        codebook_products<I, 5, R>, codebook_products<I, 6, R>, codebook_products<I, 7, R>, codebook_products<I, 8, R>};
+    alignas(64) uint8_t codes[R * PIECE_SPANS * SPAN];
+    const int highest = c.segments[0].precision;
+    for (int r = 0; r < R; r++)
+        store[highest - 1](c.weight, n + r, first, last, R * c.weight->tile_bytes, codes + r * (last - first) * SPAN);
+    for (int i = 0; i < c.segment_count; i++) {
+        const Segment &s = c.segments[i];
+        products[s.precision - 1](c, from, s, n, first, last, highest - s.precision, codes, sums);
+    }
+}
+
+// All rows of x over a tile of output rows; `sums` holds LANES partial sums for each output row and position.
+template <class I>
+void codebook_rows(const Call &c, int64_t n, int64_t count, float *sums) {
+    const Header *h = c.weight;
+    const int64_t wanted = PIECE_ROWS / c.rows, at_once = wanted < 1 ? 1 : wanted < PIECE_SPANS ? wanted : PIECE_SPANS;
+    constexpr int R = I::OUTPUTS_TOGETHER;
+    Sources from;
+    for (int p = 0; p < c.rows; p++) {
+        from.x[p] = reinterpret_cast<const int16_t *>(c.tables + c.order[p] * c.table_stride);
+        from.scales[p] = c.scales + c.order[p] * c.scale_stride;
+    }
+    for (int64_t span = 0; span < h->spans; span += at_once) {
+        const int64_t end = span + at_once < h->spans ? span + at_once : h->spans;
+        for (int64_t r = 0; r < count;) {
+            float *at = sums + r * c.rows * I::LANES;
+            if (r + R <= count)
+                codebook_segments<I, R>(c, from, n + r, span, end, at), r += R;
+            else
+                codebook_segments<I, 1>(c, from, n + r, span, end, at), r += 1;
         }
     }
+}
+
+// Up to four rows of x at one precision: what is looked up stays in registers. Planes are read in one go unless x is too long
+// for the first-level cache.
+template <class I, int P>
+void codebook_few_rows(const Call &c, int64_t n, int64_t count, float *sums) {
+    void (*const row[])(const Call &, int64_t, int64_t, int64_t, int64_t, float *) = {
+        codebook_row<I, P, 1>, codebook_row<I, P, 2>, codebook_row<I, P, 3>, codebook_row<I, P, 4>};
+    const int64_t spans = c.weight->spans, at_once = c.rows <= 2 ? spans : PIECE_SPANS;
+    const int64_t ahead = at_once == spans ? STREAM_AHEAD : CODEBOOK_TILE * c.weight->tile_bytes;
+    for (int64_t span = 0; span < spans; span += at_once)
+        for (int64_t r = 0; r < count; r++) {
+            const int64_t end = span + at_once < spans ? span + at_once : spans;
+            row[c.rows - 1](c, n + r, span, end, ahead, sums + r * c.rows * I::LANES);
+        }
 }
 
 // Tiles are 16 output rows here: enough to write results in whole cache lines.
 template <class I>
 void codebook_multiply(const Call &c, int64_t first, int64_t last, float *scratch) {
-    void (*const by_precision[])(const Call &, const Segment &, int64_t, int64_t, float *) = {
-        codebook_segment<I, 1>, codebook_segment<I, 2>, codebook_segment<I, 3>, codebook_segment<I, 4>,
-        codebook_segment<I, 5>, codebook_segment<I, 6>, codebook_segment<I, 7>, codebook_segment<I, 8>};
+    void (*const few_rows[])(const Call &, int64_t, int64_t, float *) = {
+        codebook_few_rows<I, 1>, codebook_few_rows<I, 2>, codebook_few_rows<I, 3>, codebook_few_rows<I, 4>,
+        codebook_few_rows<I, 5>, codebook_few_rows<I, 6>, codebook_few_rows<I, 7>, codebook_few_rows<I, 8>};
     const int64_t n = c.weight->shape.out_features;
     for (int64_t tile = first; tile < last; tile++) {
         const int64_t row = tile * CODEBOOK_TILE, count = n - row < CODEBOOK_TILE ? n - row : CODEBOOK_TILE;
         memset(scratch, 0, static_cast<size_t>(count * c.rows * I::LANES) * sizeof(float));
-        for (int i = 0; i < c.segment_count; i++)
-            by_precision[c.segments[i].precision - 1](c, c.segments[i], row, count, scratch);
-        for (int p = 0; p < c.rows; p++) {
-            float values[CODEBOOK_TILE];
-            for (int64_t r = 0; r < count; r++) values[r] = scratch[(r * c.rows + p) * I::LANES];
-            store_rows<I>(c, c.order[p], row, values, count);
+        if (c.rows <= 4 && c.segment_count == 1)
+            few_rows[c.segments[0].precision - 1](c, row, count, scratch);
+        else
+            codebook_rows<I>(c, row, count, scratch);
+        for (int i = 0; i < c.segment_count; i++) {
+            const Segment &s = c.segments[i];
+            for (int p = s.first; p < s.first + s.count; p++) {
+                float values[CODEBOOK_TILE];
+                for (int64_t r = 0; r < count; r++) {
+                    const float total = I::total(I::load(scratch + (r * c.rows + p) * I::LANES));
+                    values[r] = total * row_scales(c.weight, s.precision)[row + r];
+                }
+                store_rows<I>(c, c.order[p], row, values, count);
+            }
         }
     }
 }

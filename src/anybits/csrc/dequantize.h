@@ -166,9 +166,11 @@ struct Instance {
         if (c.weight->shape.levels == AB_CODEBOOK)
             codebook_multiply<I>(c, first, last, scratch);
         else if (c.fast)
-            affine_by_dtype<I, false>(c, first, last, scratch);
+            affine_by_dtype<I, FAST_BYTES>(c, first, last, scratch);
+        else if (I::WORD_ENTRIES && c.rows > 1)
+            affine_by_dtype<I, I::WORD_ENTRIES ? WORDS : TWO_BYTES>(c, first, last, scratch);
         else
-            affine_by_dtype<I, true>(c, first, last, scratch);
+            affine_by_dtype<I, TWO_BYTES>(c, first, last, scratch);
     }
     static constexpr Kernels kernels = {I::TILE, I::ROW_WORDS, activations, multiply, dequantize_rows<I>, nullptr};
 };

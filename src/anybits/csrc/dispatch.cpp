@@ -202,8 +202,8 @@ Workspace::Key key_of(const Call &c, int64_t x_bytes) {
 int run(Call &c, const Kernels *kernels, int threads) {
     const Header *h = c.weight;
     const bool affine = h->shape.levels == AB_AFFINE;
-    // An odd number of lines between the tables of two rows of x, so that they do not share cache sets.
-    c.table_stride = (affine ? h->steps * (c.fast ? 128 : 256) : h->spans * SPAN * 2) + 64;
+    // Rows whose tables are read in turn lie a quarter of 4 KiB apart: nearer to a multiple of it, loads wait for each other.
+    c.table_stride = ceil_div(affine ? h->steps * (c.fast ? 128 : 256) : h->spans * SPAN * 2, 4096) * 4096 + 1024;
     c.scale_stride = affine ? h->blocks : h->spans * 4;
     int64_t table_bytes = c.rows * c.table_stride, scale_floats = c.rows * c.scale_stride;
     Group groups[AB_MAX_ROWS];

@@ -10,10 +10,14 @@ struct Avx2 {
     using V = __m256i;
     using F = __m256;
     static constexpr int TILE = 32, LANES = 8, BYTES = 32;
-    static constexpr int LOOKUP_ROWS = 2, DOT_ROWS = 2;  // rows of x that go through an inner loop together
+    static constexpr int LOOKUP_ROWS = 2;       // rows of x that go through an inner loop together
+    static constexpr int OUTPUTS_TOGETHER = 1;  // codebook: output rows that share what is read of x
+    static constexpr int PARTS_TOGETHER = 1;    // and parts whose centroids stay in registers
+    static constexpr int TILES_TOGETHER = 1;             // and tiles
     static constexpr bool OWN_DEQUANTIZE = false;
     static constexpr bool ROW_WORDS = false;
     static constexpr int TABLE_FLIP = 0x80;  // tables of unsigned bytes: they are summed by plain additions
+    static constexpr bool WORD_ENTRIES = false;
 
     static F zero() { return _mm256_setzero_ps(); }
     static F set1(float v) { return _mm256_set1_ps(v); }
@@ -73,11 +77,14 @@ struct Avx2 {
         }
     };
 
-    template <int MC, bool WIDE, int STEPS>
-    static inline __attribute__((always_inline)) void lookup(const uint8_t *plane, int steps,
-                                                             const uint8_t *const *tables, F (*sums)[4]) {
+    template <int MC, int NT, Entries E, int STEPS>
+    static inline __attribute__((always_inline)) void lookup(const uint8_t *plane, int64_t, int steps,
+                                                             const uint8_t *const *tables, F (*all)[MC][4]) {
+        static_assert(NT == 1 && E != WORDS, "one tile at a time, bytes");
+        constexpr bool WIDE = E == TWO_BYTES;
+        F(*const sums)[4] = all[0];
         const V nibble = _mm256_set1_epi8(0x0f);
-        constexpr int TABLE = WIDE ? WIDE_TABLE : FAST_TABLE;
+        constexpr int TABLE = table_of(E);
         const int count = STEPS ? STEPS : steps;
         ByteSums high[MC], low[MC];
         for (int m = 0; m < MC; m++) high[m].clear(), low[m].clear();
@@ -121,6 +128,7 @@ struct Avx2 {
     static V right(V v) { return _mm256_srli_epi16(v, N); }
     template <int N>
     static V left(V v) { return _mm256_slli_epi16(v, N); }
+    static V down(V v, int n) { return _mm256_srl_epi16(v, _mm_cvtsi32_si128(n)); }
 
     // Interleaving bytes into 16-bit centroids works within 16 columns' halves: columns 0-7, 16-23, 8-15, 24-31.
     static void reorder(const int16_t *q, int16_t *out) {

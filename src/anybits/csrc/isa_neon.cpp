@@ -10,10 +10,14 @@ struct Neon {
     using V = uint8x16_t;
     using F = float32x4_t;
     static constexpr int TILE = 16, LANES = 4, BYTES = 16;
-    static constexpr int LOOKUP_ROWS = 4, DOT_ROWS = 4;  // rows of x that go through an inner loop together
+    static constexpr int LOOKUP_ROWS = 4;       // rows of x that go through an inner loop together
+    static constexpr int OUTPUTS_TOGETHER = 1;  // codebook: output rows that share what is read of x
+    static constexpr int PARTS_TOGETHER = 1;    // and parts whose centroids stay in registers
+    static constexpr int TILES_TOGETHER = 1;             // and tiles
     static constexpr bool OWN_DEQUANTIZE = false;
     static constexpr bool ROW_WORDS = false;
     static constexpr int TABLE_FLIP = 0x80;
+    static constexpr bool WORD_ENTRIES = false;
 
     static F zero() { return vdupq_n_f32(0); }
     static F set1(float v) { return vdupq_n_f32(v); }
@@ -62,11 +66,14 @@ struct Neon {
         }
     };
 
-    template <int MC, bool WIDE, int STEPS>
-    static inline __attribute__((always_inline)) void lookup(const uint8_t *plane, int steps,
-                                                             const uint8_t *const *tables, F (*sums)[4]) {
+    template <int MC, int NT, Entries E, int STEPS>
+    static inline __attribute__((always_inline)) void lookup(const uint8_t *plane, int64_t, int steps,
+                                                             const uint8_t *const *tables, F (*all)[MC][4]) {
+        static_assert(NT == 1 && E != WORDS, "one tile at a time, bytes");
+        constexpr bool WIDE = E == TWO_BYTES;
+        F(*const sums)[4] = all[0];
         const V nibble = vdupq_n_u8(0x0f);
-        constexpr int TABLE = WIDE ? WIDE_TABLE : FAST_TABLE;
+        constexpr int TABLE = table_of(E);
         const int count = STEPS ? STEPS : steps;
         ByteSums high[MC], low[MC];
         for (int m = 0; m < MC; m++) high[m].clear(), low[m].clear();
@@ -105,6 +112,7 @@ struct Neon {
     static V right(V v) { return vshrq_n_u8(v, N); }
     template <int N>
     static V left(V v) { return vshlq_n_u8(v, N); }
+    static V down(V v, int n) { return vshlq_u8(v, vdupq_n_s8(static_cast<int8_t>(-n))); }
 
     static void reorder(const int16_t *q, int16_t *out) { memcpy(out, q, 128); }
 

@@ -7,10 +7,14 @@ struct Portable {
     using V = uint64_t;  // eight bytes of a plane; shifts cross byte borders exactly as vector shifts do
     struct F { float v[4]; };
     static constexpr int TILE = 16, LANES = 4, BYTES = 8;
-    static constexpr int LOOKUP_ROWS = 1, DOT_ROWS = 1;  // rows of x that go through an inner loop together
+    static constexpr int LOOKUP_ROWS = 1;       // rows of x that go through an inner loop together
+    static constexpr int OUTPUTS_TOGETHER = 1;  // codebook: output rows that share what is read of x
+    static constexpr int PARTS_TOGETHER = 1;    // and parts whose centroids stay in registers
+    static constexpr int TILES_TOGETHER = 1;             // and tiles
     static constexpr bool OWN_DEQUANTIZE = false;
     static constexpr bool ROW_WORDS = false;
     static constexpr int TABLE_FLIP = 0x80;
+    static constexpr bool WORD_ENTRIES = false;
 
     static F zero() { return set1(0); }
     static F set1(float v) { return {{v, v, v, v}}; }
@@ -40,9 +44,12 @@ struct Portable {
         for (int64_t i = 0; i < n; i++) out[i] = float_to_f16(p[i]);
     }
 
-    template <int MC, bool WIDE, int STEPS>
-    static void lookup(const uint8_t *plane, int steps, const uint8_t *const *tables, F (*sums)[4]) {
-        constexpr int TABLE = WIDE ? WIDE_TABLE : FAST_TABLE;
+    template <int MC, int NT, Entries E, int STEPS>
+    static void lookup(const uint8_t *plane, int64_t, int steps, const uint8_t *const *tables, F (*all)[MC][4]) {
+        static_assert(NT == 1 && E != WORDS, "one tile at a time, bytes");
+        constexpr bool WIDE = E == TWO_BYTES;
+        F(*const sums)[4] = all[0];
+        constexpr int TABLE = table_of(E);
         for (int m = 0; m < MC; m++) {
             int32_t high[TILE] = {0}, low[TILE] = {0};
             for (int s = 0; s < 4 * steps; s++) {  // byte j of step s / 4
@@ -70,6 +77,7 @@ struct Portable {
     static V right(V v) { return v >> N; }
     template <int N>
     static V left(V v) { return v << N; }
+    static V down(V v, int n) { return v >> n; }
 
     static void reorder(const int16_t *q, int16_t *out) { memcpy(out, q, 128); }
 
