@@ -7,10 +7,15 @@ import torch
 
 from anybits.errors import AnybitsError
 from anybits.kernels import cpu, step
+from conftest import random_weight
 
 LIBRARY = cpu.library()
 ISAS = [name for i, name in enumerate(cpu.ISAS) if LIBRARY is not None and LIBRARY.isa_usable(i)]
 ONE_ROUNDING, TWO_ROUNDINGS = 2**-8, 2**-7  # relative, with float32 sums below
+
+
+def poisoned(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.fill_(torch.nan if tensor.is_floating_point() else 0xA5)
 
 
 @pytest.fixture(params=ISAS)
@@ -18,7 +23,7 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.setenv("ANYBITS_CPU_ISA", request.param)
     step.isa_number.cache_clear()
     real = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: real(*a, **k).fill_(torch.nan))
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: poisoned(real(*a, **k)))
     monkeypatch.setattr(torch, "empty_like", lambda t: real(t.shape, dtype=t.dtype).fill_(torch.nan))
     with torch.inference_mode():
         yield request.param
@@ -115,3 +120,19 @@ def test_what_goes_elsewhere() -> None:
         assert not step.attention_fits(query[:, :3, :1], key, key)
         assert not step.attention_fits(query[:, :, :1, :8], key[..., :8], key)
         assert not step.attention_fits(query[:, :, :1], key.transpose(2, 3).contiguous().transpose(2, 3), key)
+
+
+def test_products_of_several_weights(isa: str) -> None:
+    backend = cpu.CpuBackend(isa)
+    weights = [random_weight(n, 96, (2, 3), 32) for n in (5, 40, 17)]
+    prepared = [backend.prepare(weight) for weight in weights]
+    for rows in (1, 4, 11):
+        x = torch.randn(rows, 1, 96).bfloat16()
+        assert step.few_rows(x, 96)
+        for y, one, p in zip(step.products(x, prepared, (2, 3, 2), backend), prepared, (2, 3, 2), strict=True):
+            assert torch.equal(y[:, 0], backend.matmul(x[:, 0], one, p))
+    assert not step.few_rows(torch.randn(12, 96).bfloat16(), 96)
+    assert not step.few_rows(torch.randn(2, 95).bfloat16(), 96)
+    assert not step.few_rows(torch.randn(2, 96), 96)
+    with pytest.raises(AnybitsError, match="status 4"):
+        step.products(x, prepared[:1], (7,), backend)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 from anybits.config import Single, check_single, precision_order
 from anybits.errors import AnybitsError
 from anybits.kernels import backend as kernels
-from anybits.kernels import cpu as _cpu  # noqa: F401  (registers the backend)
+from anybits.kernels import cpu, step  # cpu registers the backend
 from anybits.kernels import reference as _reference  # noqa: F401  (registers the backend)
 from anybits.kernels.cuda import backend as _cuda  # noqa: F401  (registers the backend)
 from anybits.mapped import Pages
@@ -146,25 +146,78 @@ class PlaneLinear(PlaneModule):
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False) if bias else None
         self._backend: kernels.Backend | None = None
         self._prepared: Any = None
+        self._siblings: Siblings | None = None
 
     def _forget(self) -> None:
         super()._forget()
         self._backend = self._prepared = None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return `[..., N]` in x's dtype for x `[..., K]`."""
+    def prepare(self, device: torch.device) -> kernels.Backend:
+        """Choose the backend and repack the weight for it, once."""
         if self._backend is None:
-            self._backend = kernels.choose(self.plane_weight, x.device)
+            self._backend = kernels.choose(self.plane_weight, device)
             self._prepared = self._backend.prepare(self.plane_weight)
             if self._pages is not None:
                 self._pages.give_back()
-        wanted = per_row(self.own_precision(active(self.default)), x.shape[:-1])
+        return self._backend
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return `[..., N]` in x's dtype for x `[..., K]`."""
+        backend = self.prepare(x.device)
+        wanted = self.own_precision(active(self.default))
         if isinstance(wanted, int):
             check_precision(wanted, self.stored_precisions)
-        y = self._backend.matmul(x.reshape(-1, self.in_features), self._prepared, wanted)
+            if type(backend) is cpu.CpuBackend and step.few_rows(x, self.in_features):
+                y = self._few_rows(x, wanted, backend)
+                return y if self.bias is None else y + self.bias
+        wanted = per_row(wanted, x.shape[:-1])
+        y = backend.matmul(x.reshape(-1, self.in_features), self._prepared, wanted)
         if self.bias is not None:
             y = y + self.bias
         return y.view(*x.shape[:-1], self.out_features)
+
+    def _few_rows(self, x: torch.Tensor, wanted: int, backend: cpu.CpuBackend) -> torch.Tensor:
+        """Return the product of a decode step's rows, at the precision `wanted` of this layer."""
+        if self._siblings is not None:
+            return self._siblings.product(self, x, wanted, backend)
+        return step.products(x, [self._prepared], [wanted], backend)[0]
+
+
+class Siblings:
+    """Layers that get the same x one after another, as query, key and value: the first asked multiplies for all.
+
+    What the others will return is kept until they are asked with that very x, unchanged, at that precision.
+    """
+
+    def __init__(self, layers: Sequence[PlaneLinear]) -> None:
+        if len({layer.in_features for layer in layers}) != 1:
+            raise AnybitsError("layers that multiply one x together must have the same number of columns")
+        self.layers = tuple(layers)
+        self._kept: tuple[torch.Tensor, torch.Tensor, dict[PlaneLinear, tuple[int, torch.Tensor]]] | None = None
+        for layer in layers:
+            layer._siblings = self
+
+    def product(self, asked: PlaneLinear, x: torch.Tensor, wanted: int, backend: cpu.CpuBackend) -> torch.Tensor:
+        """Return `asked`'s product of x, without its bias."""
+        kept = self._kept
+        if kept is not None and kept[0] is x and step.same_bytes(x, kept[1]):
+            precision, y = kept[2].pop(asked, (0, x))
+            if not kept[2]:
+                self._kept = None
+            if precision == wanted:
+                return y
+        x_now = x.contiguous()
+        if x_now is not x or not all(type(layer.prepare(x.device)) is cpu.CpuBackend for layer in self.layers):
+            return step.products(x, [asked._prepared], [wanted], backend)[0]
+        scope = active(asked.default)
+        precisions = [int(layer.own_precision(scope)) for layer in self.layers]
+        for layer, precision in zip(self.layers, precisions, strict=True):
+            check_precision(precision, layer.stored_precisions)
+        made = step.products(x, [layer._prepared for layer in self.layers], precisions, backend)
+        results = dict(zip(self.layers, zip(precisions, made, strict=True), strict=True))
+        _, y = results.pop(asked)
+        self._kept = x, x.clone(), results
+        return y
 
 
 class PlaneStack(PlaneModule):

@@ -2,6 +2,7 @@
 // every Python from 3.11 on. Addresses come from tensors that the caller keeps alive during the call.
 #define Py_LIMITED_API 0x030B0000
 #include <Python.h>
+#include <string.h>
 
 #include "anybits.h"
 
@@ -90,6 +91,35 @@ PyObject *matmul(PyObject *, PyObject *const *args, Py_ssize_t given) {
                        static_cast<int>(v[11]));
     Py_END_ALLOW_THREADS;
     return PyLong_FromLong(status);
+}
+
+// Products of one x: after x, dtype, rows, k, stride, row precisions, fast and threads come, for each weight, its blob, bytes,
+// precision and y.
+PyObject *products(PyObject *, PyObject *const *args, Py_ssize_t given) {
+    constexpr Py_ssize_t SHARED = 8, EACH = 4, MOST = 8;
+    const Py_ssize_t weights = (given - SHARED) / EACH;
+    if (given < SHARED || weights > MOST) {
+        PyErr_SetString(PyExc_TypeError, "expected 8 arguments and 4 for each of at most 8 weights");
+        return nullptr;
+    }
+    long long v[SHARED + EACH * MOST];
+    if (!integers(args, given, SHARED + EACH * weights, v)) return nullptr;
+    int status = AB_OK;
+    Py_BEGIN_ALLOW_THREADS;
+    for (Py_ssize_t i = 0; i < weights && status == AB_OK; i++) {
+        const long long *w = v + SHARED + EACH * i;
+        status = ab_matmul(pointer<void>(w[0]), w[1], pointer<void>(v[0]), static_cast<int>(v[1]), v[2], v[3], v[4],
+                           static_cast<int>(w[2]), pointer<const int32_t>(v[5]), pointer<void>(w[3]), v[6] != 0,
+                           static_cast<int>(v[7]));
+    }
+    Py_END_ALLOW_THREADS;
+    return PyLong_FromLong(status);
+}
+
+PyObject *same_bytes(PyObject *, PyObject *const *args, Py_ssize_t given) {
+    long long v[3];
+    if (!integers(args, given, 3, v)) return nullptr;
+    return PyBool_FromLong(memcmp(pointer<void>(v[0]), pointer<void>(v[1]), static_cast<size_t>(v[2])) == 0);
 }
 
 PyObject *dequantize(PyObject *, PyObject *const *args, Py_ssize_t given) {
@@ -199,6 +229,8 @@ PyMethodDef methods[] = {
     FAST(blob_levels, "Repack the levels of one precision."),
     FAST(blob_steps, "Repack the steps of one precision's levels in 8 bits."),
     FAST(matmul, "y = x @ W_p.T; returns a status."),
+    FAST(products, "y = x @ W_p.T for several weights; returns a status."),
+    FAST(same_bytes, "Whether two pieces of memory hold the same."),
     FAST(dequantize, "Write rows of W_p; returns a status."),
     FAST(dense, "y = x @ w.T + bias in bfloat16; returns a status."),
     FAST(rms_norm, "y = weight * x / rms(x) in bfloat16; returns a status."),

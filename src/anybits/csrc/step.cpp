@@ -3,28 +3,36 @@
 #include <string.h>
 
 #include "anybits.h"
-#include "convert.h"
 #include "step_kernels.h"
 #include "threads.h"
 
 namespace {
 
+bool has_bf16() {
+#if defined(__x86_64__)
+    return __builtin_cpu_supports("avx512bf16");
+#else
+    return false;
+#endif
+}
+
 const StepKernels *step_of(int isa) {
     if (!ab_isa_usable(isa)) return nullptr;
     switch (isa) {
         case AB_AMX:
-        case AB_AVX512: return step_avx512();
+        case AB_AVX512: return has_bf16() && step_avx512_bf16() ? step_avx512_bf16() : step_avx512();
         case AB_AVX2: return step_avx2();
         default: return step_portable();
     }
 }
 
-struct Floats {
-    float *at;
-    explicit Floats(int64_t count) : at(static_cast<float *>(calloc(static_cast<size_t>(count), sizeof(float)))) {}
-    ~Floats() { free(at); }
-    Floats(const Floats &) = delete;
-    Floats &operator=(const Floats &) = delete;
+template <class T>
+struct Zeros {
+    T *at;
+    explicit Zeros(int64_t count) : at(static_cast<T *>(calloc(static_cast<size_t>(count), sizeof(T)))) {}
+    ~Zeros() { free(at); }
+    Zeros(const Zeros &) = delete;
+    Zeros &operator=(const Zeros &) = delete;
 };
 
 // Starting a thread costs a few microseconds: about what this many numbers take.
@@ -37,13 +45,12 @@ extern "C" int ab_dense(int isa, const void *weight, const void *bias, int64_t n
     const StepKernels *kernels = step_of(isa);
     if (!kernels) return AB_BAD_ISA;
     if (!weight || !x || !y || n < 1 || k < 1 || rows < 1 || rows > AB_MAX_ROWS) return AB_BAD_SHAPE;
-    const int64_t stride = (k + 31) / 32 * 32 + 16;
-    Floats wide(rows * stride);
-    if (!wide.at) return AB_NO_MEMORY;
+    const int64_t stride = (k + 31) / 32 * 32 + 32;  // an odd number of lines: rows must not share cache sets
+    Zeros<uint16_t> padded(rows * stride);
+    if (!padded.at) return AB_NO_MEMORY;
     for (int64_t m = 0; m < rows; m++)
-        for (int64_t i = 0; i < k; i++)
-            wide.at[m * stride + i] = bf16_to_float(static_cast<const uint16_t *>(x)[m * x_stride + i]);
-    const DenseCall c = {static_cast<const uint16_t *>(weight), static_cast<const uint16_t *>(bias), wide.at, n, k, stride,
+        memcpy(padded.at + m * stride, static_cast<const uint16_t *>(x) + m * x_stride, static_cast<size_t>(k) * 2);
+    const DenseCall c = {static_cast<const uint16_t *>(weight), static_cast<const uint16_t *>(bias), padded.at, n, k, stride,
                          static_cast<int>(rows), static_cast<uint16_t *>(y)};
     parallel(useful(threads, n * k), [&](int part, int parts) {
         kernels->dense(c, n * part / parts, n * (part + 1) / parts);
@@ -92,7 +99,7 @@ extern "C" int ab_attend(int isa, const ab_attention *a, float scaling, int thre
     const int64_t pairs = a->batch * a->kv_heads, each = QUERIES_AT_ONCE * (a->dim + c.padded);
     const int most = useful(threads, pairs * a->length * (a->dim + a->value_dim));
     const int parts = most < 1 ? 1 : static_cast<int>(pairs < most ? pairs : most);
-    Floats scratch(each * parts);
+    Zeros<float> scratch(each * parts);
     if (!scratch.at) return AB_NO_MEMORY;
     parallel(parts, [&](int part, int all) {
         kernels->attend(c, pairs * part / all, pairs * (part + 1) / all, scratch.at + part * each);

@@ -3,10 +3,10 @@
 
 #include <stdint.h>
 
-// y [rows, n] = x [rows, k] * weight [n, k]^T + bias. x is float32, each row zero from k to the next multiple of 32.
+// y [rows, n] = x [rows, k] * weight [n, k]^T + bias. Each row of x is zero from k to the next multiple of 32.
 struct DenseCall {
     const uint16_t *weight, *bias;  // bias: NULL or [n]
-    const float *x;
+    const uint16_t *x;
     int64_t n, k, x_stride;
     int rows;
     uint16_t *y;
@@ -35,3 +35,4 @@ struct StepKernels {
 const StepKernels *step_portable();
 const StepKernels *step_avx2();
 const StepKernels *step_avx512();
+const StepKernels *step_avx512_bf16();

@@ -1,4 +1,4 @@
-"""Modules of a loaded model that run in one call each: norms, gated activations, the output layer's few rows.
+"""Modules of a loaded model that run in one call each: norms, gated activations, products of one x, the output layer.
 
 In transformers a norm is six operators and a gated activation two, and torch's bfloat16 product of one row uses one
 thread. A module is replaced where its class computes the standard formula: that is asked of the module itself, by
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from anybits.kernels import step
+from anybits.linear import PlaneLinear, Siblings
 
 _PROBED_ROWS = 3
 _TOLERANCE = 2 * torch.finfo(torch.bfloat16).eps
@@ -50,6 +51,10 @@ class DenseHead(nn.Linear):
         return super().forward(x)
 
 
+TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Names of layers of one parent that get the same x one after another."""
+
+
 def use_step_modules(model: Any) -> None:
     """Let norms, gated MLPs and the output layer of a bfloat16 model on a CPU take the kernels of a decode step."""
     if step.isa_number() is None:
@@ -59,6 +64,10 @@ def use_step_modules(model: Any) -> None:
             module.__class__ = _with(_Norm, type(module))
         elif _is_gated_mlp(module):
             module.__class__ = _with(_GatedMLP, type(module))
+        for names in TOGETHER:
+            layers = [layer for name in names if type(layer := getattr(module, name, None)) is PlaneLinear]
+            if len(layers) == len(names) and len({layer.in_features for layer in layers}) == 1:
+                Siblings(layers)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if type(head) is nn.Linear and head.weight.is_contiguous() and _ours(head.weight, head.bias):
         head.__class__ = DenseHead

@@ -8,6 +8,7 @@ of one bfloat16 row besides uses one thread: the output layer of 128,256 x 4096 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 
@@ -18,6 +19,11 @@ from anybits.kernels import cpu
 
 MAX_DENSE_ROWS = 8
 """Rows of x up to which `dense` is used: with more, torch's product is faster."""
+
+LEAST_SLAB_ROWS = 12
+"""Rows from which the backend may dequantize instead (the least of cpu.DENSE_ROWS)."""
+
+_BF16 = 1
 
 
 def usable(*tensors: torch.Tensor) -> bool:
@@ -47,6 +53,39 @@ def _loaded() -> ModuleType:
     library = cpu.library()
     assert library is not None, "usable() said that there is no library"
     return library
+
+
+def few_rows(x: torch.Tensor, in_features: int) -> bool:
+    """Return whether `products` takes x `[..., in_features]`: few enough rows for the plane kernels in any case."""
+    return 0 < x.numel() < LEAST_SLAB_ROWS * in_features and x.shape[-1] == in_features and usable(x)
+
+
+def products(
+    x: torch.Tensor, weights: Sequence[cpu.PackedWeight], precisions: Sequence[int], backend: cpu.CpuBackend
+) -> list[torch.Tensor]:
+    """Return x `[..., K]` @ W_p.T as `[..., N]` for each weight at its precision, as CpuBackend.matmul does.
+
+    x: one for which `few_rows`; precisions: stored ones; backend: which prepared the weights.
+    """
+    x = x.contiguous()
+    leading, k = x.shape[:-1], x.shape[-1]
+    made: list[torch.Tensor] = []
+    arguments: list[int] = []
+    for weight, precision in zip(weights, precisions, strict=True):
+        y = torch.empty((*leading, weight.out_features), dtype=torch.bfloat16)
+        made.append(y)
+        arguments += (weight.blob.data_ptr(), weight.blob.numel(), precision, y.data_ptr())
+    _check(
+        _loaded().products(
+            x.data_ptr(), _BF16, x.numel() // k, k, k, None, backend._fast_tables(), torch.get_num_threads(), *arguments
+        )
+    )  # fmt: skip
+    return made
+
+
+def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Return whether two contiguous tensors of one size hold the same bytes."""
+    return _loaded().same_bytes(a.data_ptr(), b.data_ptr(), a.numel() * a.element_size())
 
 
 def dense(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
