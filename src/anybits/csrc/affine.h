@@ -154,7 +154,6 @@ struct Chunk {
     const float *scales[MC];
     const float *sums[MC];
     float *y[MC];  // [tile_rows] partial results
-    int64_t next;  // floats from a tile's results to the next one's
 };
 
 // Lanes of the f-th vector of an entry's levels; those in 8 bits times their steps, which other levels have none of.
@@ -165,65 +164,52 @@ inline typename I::F level_in_steps(const uint8_t *level, const float *steps, in
     return value;
 }
 
-// Blocks first ... last - 1 of NT tiles for MC rows of x at one precision. STEPS is the steps of a block when
+// Blocks first ... last - 1 of one tile for MC rows of x at one precision. STEPS is the steps of a block when
 // that is known, so that its tables can stay in registers from plane to plane; 0 otherwise.
-template <class I, int MC, int NT, Entries E, int DTYPE, int STEPS>
-void affine_tiles(const Header *h, int precision, int64_t tile, int64_t first, int64_t last, const Chunk<MC> &chunk,
-                  int64_t prefetch) {
+template <class I, int MC, Entries E, int DTYPE, int STEPS>
+void affine_tile(const Header *h, int precision, int64_t tile, int64_t first, int64_t last, const Chunk<MC> &chunk,
+                 int64_t prefetch) {
     using F = typename I::F;
     constexpr int FV = I::TILE / I::LANES;
     constexpr int TABLE = table_of(E);
     const int64_t level_bytes = I::TILE * level_size(DTYPE), entries = affine_entries(h->shape, precision);
     const int64_t block_steps = h->block_columns / STEP, step_bytes = I::TILE * 4;
-    const int64_t tile_levels = h->groups * entries * level_bytes, tile_steps = entries * I::TILE;
     const uint8_t *planes = plane_at(h, 0, tile), *levels = affine_levels_at(h, precision, tile);
     const float *steps_of_rows = affine_steps_at(h, precision, tile);
-    const int64_t level_ahead = prefetch == STREAM_AHEAD ? STREAM_AHEAD : NT * tile_levels;
-    F y[NT][MC][FV];
-    for (int n = 0; n < NT; n++)
-        for (int m = 0; m < MC; m++)
-            for (int f = 0; f < FV; f++) y[n][m][f] = I::load(chunk.y[m] + n * chunk.next + f * I::LANES);
+    const int64_t level_ahead = prefetch == STREAM_AHEAD ? STREAM_AHEAD : h->groups * entries * level_bytes;
+    F y[MC][FV];
+    for (int m = 0; m < MC; m++)
+        for (int f = 0; f < FV; f++) y[m][f] = I::load(chunk.y[m] + f * I::LANES);
     for (int64_t block = first; block < last; block++) {
         const int64_t step = block * block_steps;
         const int steps = STEPS ? STEPS : static_cast<int>(h->steps - step < block_steps ? h->steps - step : block_steps);
         const uint8_t *at = planes + step * step_bytes;
         const uint8_t *level = levels + block / h->blocks_per_group * entries * level_bytes;
-        for (int n = 0; n < NT; n++)
-            for (int64_t i = 0; i < 128; i += 64) fetch_ahead(level + n * tile_levels + level_ahead + i);
+        for (int64_t i = 0; i < 128; i += 64) fetch_ahead(level + level_ahead + i);
         const uint8_t *tables[MC];
         for (int m = 0; m < MC; m++) tables[m] = chunk.tables[m] + step * TABLE;
-        F z[NT][MC][FV];
-        for (int n = 0; n < NT; n++)
-            for (int m = 0; m < MC; m++)
-                for (int f = 0; f < FV; f++) z[n][m][f] = I::zero();
-        for (int b = 0; b < precision; b++, at += h->plane_stride, level += level_bytes) {
-            for (int n = 0; n < NT; n++)
-                for (int64_t i = 0; i < steps * step_bytes; i += 64) fetch_ahead(at + n * h->tile_bytes + prefetch + i);
-            F sums[NT][MC][FV];
-            I::template lookup<MC, NT, E, STEPS>(at, h->tile_bytes, steps, tables, sums);
-            for (int n = 0; n < NT; n++)
-                for (int f = 0; f < FV; f++) {
-                    const float *steps_here = steps_of_rows + n * tile_steps + b * I::TILE;
-                    const F scale = level_in_steps<I, DTYPE>(level + n * tile_levels, steps_here, f);
-                    for (int m = 0; m < MC; m++) z[n][m][f] = I::fma(scale, sums[n][m][f], z[n][m][f]);
-                }
-        }
-        for (int n = 0; n < NT; n++)
-            for (int m = 0; m < MC; m++)
-                for (int f = 0; f < FV; f++)
-                    y[n][m][f] = I::fma(z[n][m][f], I::set1(chunk.scales[m][block]), y[n][m][f]);
-        if (!h->shape.has_offsets) continue;
-        for (int n = 0; n < NT; n++)
-            for (int f = 0; f < FV; f++) {
-                const float *steps_here = steps_of_rows + n * tile_steps + precision * I::TILE;
-                const F offset = level_in_steps<I, DTYPE>(level + n * tile_levels, steps_here, f);
-                for (int m = 0; m < MC; m++)
-                    y[n][m][f] = I::fma(offset, I::set1(chunk.sums[m][block]), y[n][m][f]);
-            }
-    }
-    for (int n = 0; n < NT; n++)
+        F z[MC][FV];
         for (int m = 0; m < MC; m++)
-            for (int f = 0; f < FV; f++) I::store(chunk.y[m] + n * chunk.next + f * I::LANES, y[n][m][f]);
+            for (int f = 0; f < FV; f++) z[m][f] = I::zero();
+        for (int b = 0; b < precision; b++, at += h->plane_stride, level += level_bytes) {
+            for (int64_t i = 0; i < steps * step_bytes; i += 64) fetch_ahead(at + prefetch + i);
+            F sums[MC][FV];
+            I::template lookup<MC, E, STEPS>(at, steps, tables, sums);
+            for (int f = 0; f < FV; f++) {
+                const F scale = level_in_steps<I, DTYPE>(level, steps_of_rows + b * I::TILE, f);
+                for (int m = 0; m < MC; m++) z[m][f] = I::fma(scale, sums[m][f], z[m][f]);
+            }
+        }
+        for (int m = 0; m < MC; m++)
+            for (int f = 0; f < FV; f++) y[m][f] = I::fma(z[m][f], I::set1(chunk.scales[m][block]), y[m][f]);
+        if (!h->shape.has_offsets) continue;
+        for (int f = 0; f < FV; f++) {
+            const F offset = level_in_steps<I, DTYPE>(level, steps_of_rows + precision * I::TILE, f);
+            for (int m = 0; m < MC; m++) y[m][f] = I::fma(offset, I::set1(chunk.sums[m][block]), y[m][f]);
+        }
+    }
+    for (int m = 0; m < MC; m++)
+        for (int f = 0; f < FV; f++) I::store(chunk.y[m] + f * I::LANES, y[m][f]);
 }
 
 template <class I>
@@ -255,18 +241,11 @@ struct Piece {
     int64_t prefetch;
 };
 
-template <class I, int MC, int NT, Entries E, int DTYPE>
-void affine_chunk(const Header *h, int precision, int64_t tile, const Piece &piece, const Chunk<MC> &chunk) {
-    if (h->block_columns == TABLE_COLUMNS && h->steps % 4 == 0)
-        affine_tiles<I, MC, NT, E, DTYPE, 4>(h, precision, tile, piece.first, piece.last, chunk, piece.prefetch);
-    else
-        affine_tiles<I, MC, NT, E, DTYPE, 0>(h, precision, tile, piece.first, piece.last, chunk, piece.prefetch);
-}
-
 template <class I, int MC, Entries E, int DTYPE>
-void affine_rows(const Call &c, int precision, int position, const Piece &piece, float *scratch) {
-    constexpr int NT = MC == 1 ? 1 : I::TILES_TOGETHER;  // one row is bound by memory, which two tiles at once make slower
-    for (int64_t t = 0; t < piece.tiles;) {
+void affine_chunk(const Call &c, const Segment &s, int position, const Piece &piece, float *scratch) {
+    const Header *h = c.weight;
+    const bool even = h->block_columns == TABLE_COLUMNS && h->steps % 4 == 0;
+    for (int64_t t = 0; t < piece.tiles; t++) {
         Chunk<MC> chunk;
         for (int m = 0; m < MC; m++) {
             const int row = c.order[position + m];
@@ -275,33 +254,30 @@ void affine_rows(const Call &c, int precision, int position, const Piece &piece,
             chunk.sums[m] = c.sums + row * c.scale_stride;
             chunk.y[m] = scratch + (t * c.rows + position + m) * I::TILE;
         }
-        chunk.next = c.rows * I::TILE;
-        if (t + NT <= piece.tiles)
-            affine_chunk<I, MC, NT, E, DTYPE>(c.weight, precision, piece.tile + t, piece, chunk), t += NT;
+        const int64_t tile = piece.tile + t;
+        if (even)
+            affine_tile<I, MC, E, DTYPE, 4>(h, s.precision, tile, piece.first, piece.last, chunk, piece.prefetch);
         else
-            affine_chunk<I, MC, 1, E, DTYPE>(c.weight, precision, piece.tile + t, piece, chunk), t += 1;
+            affine_tile<I, MC, E, DTYPE, 0>(h, s.precision, tile, piece.first, piece.last, chunk, piece.prefetch);
     }
 }
 
 template <class I, Entries E, int DTYPE>
 void affine_piece(const Call &c, Piece piece, float *scratch) {
-    constexpr int MOST = I::LOOKUP_ROWS;
+    constexpr int MOST = E == TWO_BYTES && I::WORD_ENTRIES ? 1 : I::LOOKUP_ROWS;
     for (int i = 0; i < c.segment_count; i++) {
         const Segment &s = c.segments[i];
         for (int done = 0, taken; done < s.count; done += taken) {
-            const int left = s.count - done, position = s.first + done;
-            taken = left < MOST ? left : MOST;
-            if (taken > 4 && taken < 8) taken = 4;
-            if (taken == 8)
-                affine_rows<I, MOST >= 8 ? 8 : 1, E, DTYPE>(c, s.precision, position, piece, scratch);
-            else if (taken >= 4)
-                affine_rows<I, MOST >= 4 ? 4 : 1, E, DTYPE>(c, s.precision, position, piece, scratch);
+            const int position = s.first + done;
+            taken = s.count - done < MOST ? s.count - done : MOST;
+            if (taken == 4)
+                affine_chunk<I, MOST >= 4 ? 4 : 1, E, DTYPE>(c, s, position, piece, scratch);
             else if (taken == 3)
-                affine_rows<I, MOST >= 3 ? 3 : 1, E, DTYPE>(c, s.precision, position, piece, scratch);
+                affine_chunk<I, MOST >= 3 ? 3 : 1, E, DTYPE>(c, s, position, piece, scratch);
             else if (taken == 2)
-                affine_rows<I, MOST >= 2 ? 2 : 1, E, DTYPE>(c, s.precision, position, piece, scratch);
+                affine_chunk<I, MOST >= 2 ? 2 : 1, E, DTYPE>(c, s, position, piece, scratch);
             else
-                affine_rows<I, 1, E, DTYPE>(c, s.precision, position, piece, scratch);
+                affine_chunk<I, 1, E, DTYPE>(c, s, position, piece, scratch);
             piece.prefetch = 0;  // the planes of this piece are in the cache from now on
         }
     }
@@ -312,8 +288,8 @@ constexpr int64_t PIECE_COLUMNS = 512;  // columns whose tables, for four rows o
 template <class I, Entries E, int DTYPE>
 void affine_multiply(const Call &c, int64_t first, int64_t last, float *scratch) {
     const Header *h = c.weight;
-    const bool streaming = c.segment_count == 1 && c.rows <= 4 && c.rows <= I::LOOKUP_ROWS;
-    const int64_t group = streaming ? I::TILES_TOGETHER : TILE_GROUP;
+    const bool streaming = c.segment_count == 1 && c.rows <= I::LOOKUP_ROWS;
+    const int64_t group = streaming ? 1 : TILE_GROUP;
     const int64_t at_once = streaming ? h->blocks : PIECE_COLUMNS / h->block_columns;
     for (int64_t tile = first; tile < last; tile += group) {
         const int64_t tiles = last - tile < group ? last - tile : group;

@@ -27,8 +27,7 @@ struct Avx512 {
     static constexpr int LOOKUP_ROWS = 4;       // rows of x that go through an inner loop together
     static constexpr int OUTPUTS_TOGETHER = 2;  // codebook: output rows that share what is read of x
     static constexpr int PARTS_TOGETHER = 2;    // and parts whose centroids stay in registers
-    static constexpr int TILES_TOGETHER = 1;             // and tiles
-    static constexpr bool OWN_DEQUANTIZE = true;
+    static constexpr bool OWN_DEQUANTIZE = true, OWN_TOTALS = true;
     static constexpr bool ROW_WORDS = true;
     static constexpr int TABLE_FLIP = 0;
     static constexpr bool WORD_ENTRIES = true;
@@ -39,6 +38,21 @@ struct Avx512 {
     static F load(const float *p) { return _mm512_loadu_ps(p); }
     static void store(float *p, F v) { _mm512_storeu_ps(p, v); }
     static float total(F v) { return _mm512_reduce_add_ps(v); }
+
+    // The totals of sixteen vectors, `stride` floats apart: each round adds halves of pairs.
+    static void totals(const float *at, int64_t stride, float *out) {
+        F v[16];
+        for (int i = 0; i < 16; i++) v[i] = load(at + i * stride);
+        for (int i = 0; i < 8; i++)
+            v[i] = _mm512_add_ps(_mm512_shuffle_f32x4(v[i], v[i + 8], 0x44), _mm512_shuffle_f32x4(v[i], v[i + 8], 0xEE));
+        for (int i = 0; i < 4; i++)
+            v[i] = _mm512_add_ps(_mm512_shuffle_f32x4(v[i], v[i + 4], 0x88), _mm512_shuffle_f32x4(v[i], v[i + 4], 0xDD));
+        for (int i = 0; i < 2; i++)
+            v[i] = _mm512_add_ps(_mm512_shuffle_ps(v[i], v[i + 2], 0x44), _mm512_shuffle_ps(v[i], v[i + 2], 0xEE));
+        const F last = _mm512_add_ps(_mm512_shuffle_ps(v[0], v[1], 0x88), _mm512_shuffle_ps(v[0], v[1], 0xDD));
+        const __m512i order = _mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15);
+        store(out, _mm512_permutexvar_ps(order, last));
+    }
 
     template <int DTYPE>
     static F level(const uint8_t *p, int f) {
@@ -128,10 +142,10 @@ struct Avx512 {
         }
     }
 
-    // A vector is one step: 16 rows' words. `next`: bytes from a tile's plane to the next one's.
-    template <int MC, int NT, Entries E, int STEPS>
-    static inline __attribute__((always_inline)) void lookup(const uint8_t *plane, int64_t next, int steps,
-                                                             const uint8_t *const *tables, F (*sums)[MC][1]) {
+    // A vector is one step: 16 rows' words.
+    template <int MC, Entries E, int STEPS>
+    static inline __attribute__((always_inline)) void lookup(const uint8_t *plane, int steps, const uint8_t *const *tables,
+                                                             F (*sums)[1]) {
         const int count = STEPS ? STEPS : steps;
         const uint8_t *T[MC];
         for (int m = 0; m < MC; m++) {
@@ -139,54 +153,39 @@ struct Avx512 {
             if (MC > 1) asm("" : "+r"(T[m]));  // or the compiler keeps tables from plane to plane, on the stack
         }
         if constexpr (E == WORDS)
-            lookup_words<MC, NT>(plane, next, count, T, sums);
+            lookup_words<MC>(plane, count, T, sums);
         else
-            for (int n = 0; n < NT; n++) lookup_bytes<MC, E == TWO_BYTES>(plane + n * next, count, T, sums[n]);
+            lookup_bytes<MC, E == TWO_BYTES>(plane, count, T, sums);
     }
 
     // Each half of a word has its 16 entries of a table: bit 4 of an index says which half. Two entries are added in 16 bits
-    // and then widened: vpermw, vpaddw and vpdpwssd together are as fast as vpermw alone. Tables of several rows are used
-    // for two tiles once they are loaded, because loads are the next bound.
-    template <int MC, int NT>
-    static inline __attribute__((always_inline)) void lookup_words(const uint8_t *plane, int64_t next, int count,
-                                                                   const uint8_t *const *T, F (*sums)[MC][1]) {
+    // and then widened: vpermw, vpaddw and vpdpwssd together are as fast as vpermw alone.
+    template <int MC>
+    static inline __attribute__((always_inline)) void lookup_words(const uint8_t *plane, int count, const uint8_t *const *T,
+                                                                   F (*sums)[1]) {
         const V nibble = _mm512_set1_epi32(0x000f000f), half = _mm512_set1_epi32(0x00100000), one = _mm512_set1_epi16(1);
-        constexpr int CHAINS = MC * NT > 2 ? 1 : 2;
-        V acc[NT][MC][CHAINS];
-        for (int n = 0; n < NT; n++)
-            for (int m = 0; m < MC; m++)
-                for (int i = 0; i < CHAINS; i++) acc[n][m][i] = _mm512_setzero_si512();
+        V acc[MC][2];
+        for (int m = 0; m < MC; m++) acc[m][0] = acc[m][1] = _mm512_setzero_si512();
 #pragma GCC unroll 4
         for (int t = 0; t < count; t++) {
-            V words[NT];
-            for (int n = 0; n < NT; n++) {
-                words[n] = _mm512_loadu_si512(plane + n * next + t * 64);
-                asm("" : "+v"(words[n]));  // or every shift loads it again
-            }
+            V v = _mm512_loadu_si512(plane + t * 64);
+            asm("" : "+v"(v));  // or every shift loads it again
 #pragma GCC unroll 2
-            for (int j = 0; j < 2; j++) {
-                V first[NT], second[NT];  // (words >> 4 * nibble & 15) | half
-                for (int n = 0; n < NT; n++) {
-                    first[n] = _mm512_ternarylogic_epi32(j ? _mm512_srli_epi16(words[n], 8) : words[n], nibble, half, 0xEA);
-                    second[n] = _mm512_ternarylogic_epi32(_mm512_srli_epi16(words[n], 8 * j + 4), nibble, half, 0xEA);
-                }
+            for (int j = 0; j < 2; j++) {  // (v >> 4 * nibble & 15) | half
+                const V first = _mm512_ternarylogic_epi32(j ? _mm512_srli_epi16(v, 8) : v, nibble, half, 0xEA);
+                const V second = _mm512_ternarylogic_epi32(_mm512_srli_epi16(v, 8 * j + 4), nibble, half, 0xEA);
 #pragma GCC unroll 8
                 for (int m = 0; m < MC; m++) {
                     const uint8_t *at = T[m] + t * WIDE_TABLE + 128 * j;
-                    const V a = _mm512_loadu_si512(at), b = _mm512_loadu_si512(at + 64);
-                    for (int n = 0; n < NT; n++) {
-                        const V pair = _mm512_add_epi16(_mm512_permutexvar_epi16(first[n], a),
-                                                        _mm512_permutexvar_epi16(second[n], b));
-                        V &sum = acc[n][m][j % CHAINS];
-                        sum = _mm512_dpwssd_epi32(sum, pair, one);
-                    }
+                    const V pair = _mm512_add_epi16(_mm512_permutexvar_epi16(first, _mm512_loadu_si512(at)),
+                                                    _mm512_permutexvar_epi16(second, _mm512_loadu_si512(at + 64)));
+                    V &sum = acc[m][MC > 2 ? 0 : j];
+                    sum = _mm512_dpwssd_epi32(sum, pair, one);
                 }
             }
         }
-        for (int n = 0; n < NT; n++)
-            for (int m = 0; m < MC; m++)
-                sums[n][m][0] = _mm512_cvtepi32_ps(
-                    CHAINS == 1 ? acc[n][m][0] : _mm512_add_epi32(acc[n][m][0], acc[n][m][CHAINS - 1]));
+        for (int m = 0; m < MC; m++)
+            sums[m][0] = _mm512_cvtepi32_ps(MC > 2 ? acc[m][0] : _mm512_add_epi32(acc[m][0], acc[m][1]));
     }
 
     // The four bytes of a word index four tables that stand side by side in one register, so a table's place is bits 4 and 5

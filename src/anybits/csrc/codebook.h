@@ -250,6 +250,14 @@ void codebook_few_rows(const Call &c, int64_t n, int64_t count, float *sums) {
         }
 }
 
+// The totals of the partial sums of `count` output rows, `stride` floats apart.
+template <class I>
+inline void tile_totals(const float *sums, int64_t stride, int64_t count, float *out) {
+    if constexpr (I::OWN_TOTALS)
+        if (count == CODEBOOK_TILE) return I::totals(sums, stride, out);
+    for (int64_t r = 0; r < count; r++) out[r] = I::total(I::load(sums + r * stride));
+}
+
 // Tiles are 16 output rows here: enough to write results in whole cache lines.
 template <class I>
 void codebook_multiply(const Call &c, int64_t first, int64_t last, float *scratch) {
@@ -268,10 +276,8 @@ void codebook_multiply(const Call &c, int64_t first, int64_t last, float *scratc
             const Segment &s = c.segments[i];
             for (int p = s.first; p < s.first + s.count; p++) {
                 float values[CODEBOOK_TILE];
-                for (int64_t r = 0; r < count; r++) {
-                    const float total = I::total(I::load(scratch + (r * c.rows + p) * I::LANES));
-                    values[r] = total * row_scales(c.weight, s.precision)[row + r];
-                }
+                tile_totals<I>(scratch + p * I::LANES, c.rows * I::LANES, count, values);
+                for (int64_t r = 0; r < count; r++) values[r] *= row_scales(c.weight, s.precision)[row + r];
                 store_rows<I>(c, c.order[p], row, values, count);
             }
         }

@@ -10,8 +10,7 @@ struct Portable {
     static constexpr int LOOKUP_ROWS = 1;       // rows of x that go through an inner loop together
     static constexpr int OUTPUTS_TOGETHER = 1;  // codebook: output rows that share what is read of x
     static constexpr int PARTS_TOGETHER = 1;    // and parts whose centroids stay in registers
-    static constexpr int TILES_TOGETHER = 1;             // and tiles
-    static constexpr bool OWN_DEQUANTIZE = false;
+    static constexpr bool OWN_DEQUANTIZE = false, OWN_TOTALS = false;
     static constexpr bool ROW_WORDS = false;
     static constexpr int TABLE_FLIP = 0x80;
     static constexpr bool WORD_ENTRIES = false;
@@ -44,11 +43,9 @@ struct Portable {
         for (int64_t i = 0; i < n; i++) out[i] = float_to_f16(p[i]);
     }
 
-    template <int MC, int NT, Entries E, int STEPS>
-    static void lookup(const uint8_t *plane, int64_t, int steps, const uint8_t *const *tables, F (*all)[MC][4]) {
-        static_assert(NT == 1 && E != WORDS, "one tile at a time, bytes");
+    template <int MC, Entries E, int STEPS>
+    static void lookup(const uint8_t *plane, int steps, const uint8_t *const *tables, F (*sums)[4]) {
         constexpr bool WIDE = E == TWO_BYTES;
-        F(*const sums)[4] = all[0];
         constexpr int TABLE = table_of(E);
         for (int m = 0; m < MC; m++) {
             int32_t high[TILE] = {0}, low[TILE] = {0};
