@@ -5,14 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from anybits import Recipe, quantize
 from anybits.integrations import decode_step, step_modules
 from anybits.integrations import transformers as hf
 from anybits.integrations.growing_cache import LEAST_ROOM, GrowingLayer
+from anybits.integrations.step_attention import _Attention
 from anybits.integrations.step_modules import DenseHead, _GatedMLP, _Norm
-from conftest import save_tiny, tiny_model
+from conftest import ARCHITECTURES, save_tiny, tiny_model
 
 STANDARD_NORMS = {"llama", "llama-tied-bias", "qwen3", "mistral", "phi3", "qwen3-moe"}
 STANDARD_MLPS = {"llama", "llama-tied-bias", "qwen3", "mistral"}
@@ -161,3 +164,45 @@ def test_only_plain_layers_of_a_plain_cache_grow_in_place() -> None:
         other(torch.tensor([[7]]), past_key_values=cache)
         assert {type(layer) for layer in cache.layers} == {GrowingLayer}
         assert hf.can_be_shortened(cache)
+
+
+WIDER = {"hidden_size": 128, "head_dim": 32}
+STANDARD_ATTENTION = {"llama", "llama-tied-bias", "qwen3", "mistral", "qwen3-moe"}
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_attention_as_llamas_takes_the_kernel_and_gives_the_same(name: str) -> None:
+    kind, settings = ARCHITECTURES[name]
+    extra = {"hidden_size": 128} if name in ("opt", "phi3") else WIDER
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(kind(**settings | extra)).eval().to(torch.bfloat16)
+    before = copy.deepcopy(model)
+    decode_step.use_decode_step(model)
+    assert any(isinstance(m, _Attention) for m in model.modules()) == (name in STANDARD_ATTENTION)
+    tokens = torch.randint(3, 64, (2, 30), generator=torch.Generator().manual_seed(1))
+    seen = torch.ones_like(tokens)
+    found = []
+    for each in (model, before):
+        for mask in (None, seen.index_fill(1, torch.tensor([0, 1]), 0)):  # with padding it runs as before
+            cache, logits = DynamicCache(config=each.config), []
+            with torch.no_grad():
+                for part in (tokens[:, :20], *tokens[:, 20:].split(1, dim=1)):
+                    so_far = None if mask is None else mask[:, : cache.get_seq_length() + part.shape[1]]
+                    logits.append(each(input_ids=part, attention_mask=so_far, past_key_values=cache).logits[:, -1])
+            found.append(torch.stack(logits))
+    for got, wanted in zip(found[:2], found[2:], strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0.05, atol=0.05)
+
+
+def test_attention_of_other_kinds_is_left_alone() -> None:
+    class Capped(LlamaAttention):
+        def forward(self, hidden_states, **kwargs):
+            out, weights = super().forward(hidden_states, **kwargs)
+            return out.tanh(), weights
+
+    kind, settings = ARCHITECTURES["llama"]
+    model = transformers.AutoModelForCausalLM.from_config(kind(**settings | WIDER)).to(torch.bfloat16)
+    for layer in model.model.layers:
+        layer.self_attn.__class__ = Capped
+    decode_step.use_decode_step(model)
+    assert {type(layer.self_attn) for layer in model.model.layers} == {Capped}

@@ -136,3 +136,29 @@ def test_products_of_several_weights(isa: str) -> None:
     assert not step.few_rows(torch.randn(2, 96), 96)
     with pytest.raises(AnybitsError, match="status 4"):
         step.products(x, prepared[:1], (7,), backend)
+
+
+def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-b, a), dim=-1) * sin
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 4, 32, 16, 1), (2, 6, 2, 64, 32, 37), (3, 7, 1, 128, 80, 5)])
+@pytest.mark.parametrize("angles", ["of each", "shared"])
+def test_attention_of_a_position_that_is_put_into_the_cache(isa: str, shape: tuple[int, ...], angles: str) -> None:
+    batch, heads, kv_heads, dim, value_dim, length = shape
+    query, key = torch.randn(batch, 1, heads * dim).bfloat16(), torch.randn(batch, 1, kv_heads * dim).bfloat16()
+    value = torch.randn(batch, 1, kv_heads * value_dim).bfloat16()
+    turns = torch.rand(batch if angles == "of each" else 1, 1, dim)
+    cos, sin = turns.cos().bfloat16(), turns.sin().bfloat16()
+    keys = torch.full((batch, kv_heads, length + 2, dim), torch.nan).bfloat16()
+    values = torch.full((batch, kv_heads, length + 2, value_dim), torch.nan).bfloat16()
+    keys[:, :, : length - 1] = torch.randn(dim).bfloat16()
+    values[:, :, : length - 1] = torch.randn(value_dim).bfloat16()
+    cache = keys[:, :, :length], values[:, :, :length]
+    got = step.attend_new((query, key, value), (cos, sin), cache, 0.3)
+    q, k = (rotated(t.view(batch, -1, dim), cos, sin)[:, :, None] for t in (query, key))  # rounded as torch rounds
+    assert torch.equal(cache[0][:, :, -1:], k)
+    assert torch.equal(cache[1][:, :, -1], value.view(batch, kv_heads, value_dim))
+    assert keys[:, :, length:].isnan().all()
+    assert torch.equal(got, step.attend(q, *cache, 0.3).view(got.shape))

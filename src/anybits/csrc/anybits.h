@@ -93,12 +93,17 @@ int ab_silu_mul(int isa, const void *gate, const void *up, int64_t count, void *
 
 // Attention of one new position of each sequence; strides in elements, the last dimension dense.
 typedef struct {
-    const void *query, *key, *value;  // [batch, heads, dim], [batch, kv_heads, length, dim], [..., length, value_dim]
+    const void *query;  // [batch, heads, dim]
+    void *key, *value;  // [batch, kv_heads, length, dim], [..., length, value_dim]
     void *out;                        // [batch, heads, value_dim], dense
     int64_t batch, heads, kv_heads, length, dim, value_dim;  // dim and value_dim are multiples of 16
     int64_t query_batch;                                     // the heads of a query lie dim apart
     int64_t key_batch, key_head, key_stride;
     int64_t value_batch, value_head, value_stride;
+    // NULL, or the new position's key [batch, kv_heads, dim] and value, dense: they are written to the last place of `key` and
+    // `value` first. Query and key are then rotated by cos and sin [batch, dim] (rotate_half), rounded as torch does.
+    const void *new_key, *new_value, *cos, *sin;
+    int64_t angle_batch;
 } ab_attention;
 
 int ab_attend(int isa, const ab_attention *attention, float scaling, int threads);

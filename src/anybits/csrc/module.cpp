@@ -175,11 +175,12 @@ PyObject *silu_mul(PyObject *, PyObject *const *args, Py_ssize_t given) {
 }
 
 PyObject *attend(PyObject *, PyObject *const *args, Py_ssize_t given) {
-    long long v[19];
+    long long v[24];
     float scaling;
-    if (!integers_and_float(args, given, 19, v, &scaling)) return nullptr;
+    if (!integers_and_float(args, given, 24, v, &scaling)) return nullptr;
     const ab_attention a = {pointer<void>(v[2]), pointer<void>(v[3]), pointer<void>(v[4]), pointer<void>(v[5]), v[6], v[7],
-                            v[8], v[9], v[10], v[11], v[12], v[13], v[14], v[15], v[16], v[17], v[18]};
+                            v[8], v[9], v[10], v[11], v[12], v[13], v[14], v[15], v[16], v[17], v[18], pointer<void>(v[19]), pointer<void>(v[20]),
+                            pointer<void>(v[21]), pointer<void>(v[22]), v[23]};
     int status;
     Py_BEGIN_ALLOW_THREADS;
     status = ab_attend(static_cast<int>(v[0]), &a, scaling, static_cast<int>(v[1]));

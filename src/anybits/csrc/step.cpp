@@ -89,14 +89,18 @@ extern "C" int ab_attend(int isa, const ab_attention *a, float scaling, int thre
     if (!a->query || !a->key || !a->value || !a->out || a->batch < 1 || a->kv_heads < 1 || a->length < 1) return AB_BAD_SHAPE;
     if (a->heads < 1 || a->heads % a->kv_heads || a->dim < 16 || a->dim % 16 || a->value_dim < 16 || a->value_dim % 16)
         return AB_BAD_SHAPE;
+    if (a->new_key && (!a->new_value || !a->cos || !a->sin || a->dim % 32)) return AB_BAD_SHAPE;
     AttendCall c;
-    c.query = static_cast<const uint16_t *>(a->query), c.key = static_cast<const uint16_t *>(a->key);
-    c.value = static_cast<const uint16_t *>(a->value), c.out = static_cast<uint16_t *>(a->out);
+    c.query = static_cast<const uint16_t *>(a->query), c.key = static_cast<uint16_t *>(a->key);
+    c.value = static_cast<uint16_t *>(a->value), c.out = static_cast<uint16_t *>(a->out);
     c.heads = a->heads, c.kv_heads = a->kv_heads, c.length = a->length, c.dim = a->dim, c.value_dim = a->value_dim;
     c.query_batch = a->query_batch, c.key_batch = a->key_batch, c.key_head = a->key_head, c.key_stride = a->key_stride;
     c.value_batch = a->value_batch, c.value_head = a->value_head, c.value_stride = a->value_stride;
+    c.new_key = static_cast<const uint16_t *>(a->new_key), c.new_value = static_cast<const uint16_t *>(a->new_value);
+    c.cos = static_cast<const uint16_t *>(a->cos), c.sin = static_cast<const uint16_t *>(a->sin);
+    c.angle_batch = a->angle_batch;
     c.padded = (a->length + 15) / 16 * 16, c.scaling = scaling;
-    const int64_t pairs = a->batch * a->kv_heads, each = QUERIES_AT_ONCE * (a->dim + c.padded);
+    const int64_t pairs = a->batch * a->kv_heads, each = QUERIES_AT_ONCE * (2 * a->dim + c.padded);
     const int most = useful(threads, pairs * a->length * (a->dim + a->value_dim));
     const int parts = most < 1 ? 1 : static_cast<int>(pairs < most ? pairs : most);
     Zeros<float> scratch(each * parts);

@@ -275,16 +275,38 @@ STEP_INLINE void attend_queries(const AttendCall &c, const uint16_t *key, const 
     for (; i < c.value_dim; i += LANES) weigh<Q, 1>(c, value + i, scores, whole, out + i);
 }
 
+// y = bf16(bf16(x * cos) + bf16(turned * sin)), where turned is x with its halves exchanged and the new first one negated.
+STEP_INLINE void rotate(const uint16_t *x, const uint16_t *cos, const uint16_t *sin, int64_t dim, uint16_t *y) {
+    const int64_t half = dim / 2;
+    for (int64_t i = 0; i < half; i += LANES) {
+        const floats a = load_bf16(x + i), b = load_bf16(x + half + i);
+        const floats first = rounded_bf16(a * load_bf16(cos + i)) + rounded_bf16(-b * load_bf16(sin + i));
+        const floats second = rounded_bf16(b * load_bf16(cos + half + i)) + rounded_bf16(a * load_bf16(sin + half + i));
+        store_bf16(y + i, first), store_bf16(y + half + i, second);
+    }
+}
+
 // Pairs of a sequence and a key head, first ... last - 1; the query heads that share the key head, four at a time.
 void attend(const AttendCall &c, int64_t first, int64_t last, float *scratch) {
     for (int64_t pair = first; pair < last; pair++) {
         const int64_t batch = pair / c.kv_heads, head = pair % c.kv_heads, shared = c.heads / c.kv_heads;
-        const uint16_t *key = c.key + batch * c.key_batch + head * c.key_head;
-        const uint16_t *value = c.value + batch * c.value_batch + head * c.value_head;
+        uint16_t *const key = c.key + batch * c.key_batch + head * c.key_head;
+        uint16_t *const value = c.value + batch * c.value_batch + head * c.value_head;
+        const uint16_t *cos = c.cos + batch * c.angle_batch, *sin = c.sin + batch * c.angle_batch;
+        if (c.new_key) {
+            rotate(c.new_key + pair * c.dim, cos, sin, c.dim, key + (c.length - 1) * c.key_stride);
+            memcpy(value + (c.length - 1) * c.value_stride, c.new_value + pair * c.value_dim, static_cast<size_t>(c.value_dim) * 2);
+        }
         for (int64_t q = 0; q < shared; q += QUERIES_AT_ONCE) {
             const int64_t at = head * shared + q;
             const uint16_t *query = c.query + batch * c.query_batch + at * c.dim;
             uint16_t *out = c.out + (batch * c.heads + at) * c.value_dim;
+            if (c.new_key) {
+                uint16_t *const turned = reinterpret_cast<uint16_t *>(scratch + QUERIES_AT_ONCE * (c.dim + c.padded));
+                for (int64_t i = 0; i < QUERIES_AT_ONCE && q + i < shared; i++)
+                    rotate(query + i * c.dim, cos, sin, c.dim, turned + i * c.dim);
+                query = turned;
+            }
             switch (shared - q) {
                 case 1: attend_queries<1>(c, key, value, query, scratch, out); break;
                 case 2: attend_queries<2>(c, key, value, query, scratch, out); break;

@@ -14,12 +14,15 @@ struct DenseCall {
 
 // One new position of each sequence. Strides in elements; the last dimension of each tensor is dense.
 struct AttendCall {
-    const uint16_t *query, *key, *value;  // [batch, heads, dim], [batch, kv_heads, length, dim], [... value_dim]
+    const uint16_t *query;  // [batch, heads, dim]
+    uint16_t *key, *value;  // [batch, kv_heads, length, dim], [... value_dim]
     uint16_t *out;                        // [batch, heads, value_dim], dense
     int64_t heads, kv_heads, length, dim, value_dim;  // dim and value_dim are multiples of 16
     int64_t query_batch, key_batch, key_head, key_stride, value_batch, value_head, value_stride;
     int64_t padded;  // length, rounded up to a multiple of 16
     float scaling;
+    const uint16_t *new_key, *new_value, *cos, *sin;  // as in ab_attention
+    int64_t angle_batch;
 };
 
 constexpr int QUERIES_AT_ONCE = 4;
@@ -28,7 +31,7 @@ struct StepKernels {
     void (*dense)(const DenseCall &call, int64_t first, int64_t last);  // rows of weight
     void (*rms_norm)(const uint16_t *x, const uint16_t *weight, int64_t k, float eps, uint16_t *y);
     void (*silu_mul)(const uint16_t *gate, const uint16_t *up, int64_t count, uint16_t *y);
-    // Pairs of a sequence and a key head. scratch: QUERIES_AT_ONCE * (dim + padded) floats.
+    // Pairs of a sequence and a key head. scratch: QUERIES_AT_ONCE * (2 * dim + padded) floats.
     void (*attend)(const AttendCall &call, int64_t first, int64_t last, float *scratch);
 };
 

@@ -20,6 +20,11 @@ _ELSEWHERE = ("softcap", "s_aux", "position_bias", "cache")
 """Arguments that only other attention functions know what to do with."""
 
 
+def is_plain(arguments: dict[str, Any]) -> bool:
+    """Return whether the further arguments of an attention function ask for nothing but softmax(q k) v."""
+    return not arguments.get("dropout") and all(arguments.get(name) is None for name in _ELSEWHERE)
+
+
 def attend(
     module: Any,
     query: torch.Tensor,
@@ -35,9 +40,8 @@ def attend(
     is computed here: without a mask in float32 throughout; with one the products are in bfloat16 and the softmax in
     float32, as in transformers' eager attention.
     """
-    plain = not kwargs.get("dropout") and all(kwargs.get(name) is None for name in _ELSEWHERE)
     here = query.shape[2] == 1 and query.dtype == torch.bfloat16 and query.device.type == "cpu"
-    if not here or query.requires_grad or not plain:
+    if not here or query.requires_grad or not is_plain(kwargs):
         return hf.sdpa_attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if attention_mask is None and step.usable(query, key, value) and step.attention_fits(query, key, value):
         return step.attend(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling), None

@@ -6,6 +6,7 @@ from typing import Any
 
 from anybits.integrations.decode_attention import use_decode_attention
 from anybits.integrations.growing_cache import use_growing_cache
+from anybits.integrations.step_attention import use_step_attention
 from anybits.integrations.step_modules import use_step_modules
 
 
@@ -14,3 +15,4 @@ def use_decode_step(model: Any) -> None:
     use_decode_attention(model)
     use_growing_cache(model)
     use_step_modules(model)
+    use_step_attention(model)

@@ -42,6 +42,19 @@ class GrowingLayer(hf.DynamicLayer):
         self.keys, self.values = keys[:, :, :length], values[:, :, :length]
         return self.keys, self.values
 
+    def next_place(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values with one position more, which the caller fills at once."""
+        kept = self.keys.shape[2]
+        if not self._has_room(kept + 1):
+            self._rooms = (
+                _room(self.keys, self.keys, kept, kept + 1),
+                _room(self.values, self.values, kept, kept + 1),
+            )
+        assert self._rooms is not None
+        keys, values = self._rooms
+        self.keys, self.values = keys[:, :, : kept + 1], values[:, :, : kept + 1]
+        return self.keys, self.values
+
     def _has_room(self, length: int) -> bool:
         """Return whether keys and values are the beginnings of the rooms, and `length` positions fit."""
         if self._rooms is None or length > self._rooms[0].shape[2]:

@@ -61,9 +61,9 @@ def use_step_modules(model: Any) -> None:
         return
     for module in model.modules():
         if _is_norm(module):
-            module.__class__ = _with(_Norm, type(module))
+            module.__class__ = with_forward(_Norm, type(module))
         elif _is_gated_mlp(module):
-            module.__class__ = _with(_GatedMLP, type(module))
+            module.__class__ = with_forward(_GatedMLP, type(module))
         for names in TOGETHER:
             layers = [layer for name in names if type(layer := getattr(module, name, None)) is PlaneLinear]
             if len(layers) == len(names) and len({layer.in_features for layer in layers}) == 1:
@@ -76,7 +76,7 @@ def use_step_modules(model: Any) -> None:
 _made: dict[tuple[type, type], type] = {}
 
 
-def _with(first: type, base: type) -> Any:
+def with_forward(first: type, base: type) -> Any:
     """Return the class of `base`'s modules that run `first`'s forward; one for all modules, so that copies work."""
     if (first, base) not in _made:
         about = {"__module__": base.__module__, "__doc__": base.__doc__}
@@ -103,7 +103,7 @@ def _is_norm(module: Any) -> bool:
         return False
     x = _rows(weight.shape[0])
     with torch.no_grad():
-        return _agree(module.forward(x), step.rms_norm(x, weight, _eps(module)))
+        return agree(module.forward(x), step.rms_norm(x, weight, _eps(module)))
 
 
 def _is_gated_mlp(module: Any) -> bool:
@@ -136,7 +136,7 @@ def _computes_gated(cls: Any) -> bool:
             own = cls.forward(like, x)
         except (AttributeError, TypeError):  # it needs more than its layers
             return False
-        return _agree(own, like.down_proj(step.silu_mul(like.gate_proj(x), like.up_proj(x))))
+        return agree(own, like.down_proj(step.silu_mul(like.gate_proj(x), like.up_proj(x))))
 
 
 def _rows(columns: int) -> torch.Tensor:
@@ -146,7 +146,8 @@ def _rows(columns: int) -> torch.Tensor:
     return rows.bfloat16()
 
 
-def _agree(own: Any, ours: torch.Tensor) -> bool:
+def agree(own: Any, ours: torch.Tensor) -> bool:
+    """Return whether a module's own result and the kernel's differ by rounding alone."""
     if not isinstance(own, torch.Tensor) or own.shape != ours.shape or own.dtype != ours.dtype:
         return False
     return bool(torch.allclose(own.float(), ours.float(), rtol=_TOLERANCE, atol=_TOLERANCE * float(ours.abs().max())))

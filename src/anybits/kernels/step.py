@@ -157,7 +157,36 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling:
             isa_number(), torch.get_num_threads(),
             query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(),
             batch, heads, kv_heads, length, dim, value.shape[3],
-            query.stride(0), *key.stride()[:3], *value.stride()[:3], scaling,
+            query.stride(0), *key.stride()[:3], *value.stride()[:3], None, None, None, None, 0, scaling,
+        )
+    )  # fmt: skip
+    return out
+
+
+def attend_new(
+    new: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    angles: tuple[torch.Tensor, torch.Tensor],
+    cache: tuple[torch.Tensor, torch.Tensor],
+    scaling: float,
+) -> torch.Tensor:
+    """Rotate the new position's query and key, put key and value into the last place of the cache, and attend over it.
+
+    new: query `[B, 1, H * D]`, key `[B, 1, Hkv * D]` and value `[B, 1, Hkv * Dv]`, contiguous; angles: cos and sin,
+    `[1 or B, 1, D]`; cache: keys `[B, Hkv, L, D]` and values `[B, Hkv, L, Dv]`, whose last dimension is dense. D is a
+    multiple of 32, Dv of 16. Returns `[B, 1, H * Dv]`. Rotations round as rotate_half in bfloat16 does:
+    x * cos and rotate_half(x) * sin are rounded, then their sum.
+    """
+    (query, key, value), (cos, sin), (keys, values) = new, angles, cache
+    batch, kv_heads, length, dim = keys.shape
+    heads, value_dim = query.shape[2] // dim, values.shape[3]
+    out = torch.empty((batch, 1, heads * value_dim), dtype=torch.bfloat16)
+    _check(
+        _loaded().attend(
+            isa_number(), torch.get_num_threads(),
+            query.data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr(),
+            batch, heads, kv_heads, length, dim, value_dim,
+            heads * dim, *keys.stride()[:3], *values.stride()[:3],
+            key.data_ptr(), value.data_ptr(), cos.data_ptr(), sin.data_ptr(), dim if cos.shape[0] > 1 else 0, scaling,
         )
     )  # fmt: skip
     return out
