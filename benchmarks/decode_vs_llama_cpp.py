@@ -1,6 +1,6 @@
 """Whole decode steps beside llama.cpp's: Llama-3.1-8B's shape, random weights, batch 1, in the same minutes.
 
-python benchmarks/decode_vs_llama_cpp.py BUILD --out benchmarks/results/vs-llama-cpp.jsonl
+python benchmarks/decode_vs_llama_cpp.py BUILD --out benchmarks/results/decode-vs-llama-cpp.jsonl
 
 BUILD is the folder of a llama.cpp build with shared libraries. 2 bits stand beside Q2_K and 4 beside Q4_K_M, as its own
 quantizer mixes types (random_gguf.py). Each round times steps of ours and of theirs in turn, after a pause in which

@@ -163,7 +163,7 @@ class PlaneLinear(PlaneModule):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return `[..., N]` in x's dtype for x `[..., K]`."""
-        backend = self.prepare(x.device)
+        backend = self._backend or self.prepare(x.device)
         wanted = self.own_precision(active(self.default))
         if isinstance(wanted, int):
             check_precision(wanted, self.stored_precisions)
@@ -206,18 +206,22 @@ class Siblings:
                 self._kept = None
             if precision == wanted:
                 return y
-        x_now = x.contiguous()
-        if x_now is not x or not all(type(layer.prepare(x.device)) is cpu.CpuBackend for layer in self.layers):
+        if not x.is_contiguous() or not self._prepared(x.device):
             return step.products(x, [asked._prepared], [wanted], backend)[0]
         scope = active(asked.default)
-        precisions = [int(layer.own_precision(scope)) for layer in self.layers]
-        for layer, precision in zip(self.layers, precisions, strict=True):
-            check_precision(precision, layer.stored_precisions)
+        precisions = []
+        for layer in self.layers:
+            precisions.append(int(layer.own_precision(scope)))
+            check_precision(precisions[-1], layer.stored_precisions)
         made = step.products(x, [layer._prepared for layer in self.layers], precisions, backend)
         results = dict(zip(self.layers, zip(precisions, made, strict=True), strict=True))
         _, y = results.pop(asked)
         self._kept = x, x.clone(), results
         return y
+
+    def _prepared(self, device: torch.device) -> bool:
+        """Prepare all layers and return whether the CPU backend serves each."""
+        return all(type(layer._backend or layer.prepare(device)) is cpu.CpuBackend for layer in self.layers)
 
 
 class PlaneStack(PlaneModule):

@@ -28,12 +28,9 @@ _BF16 = 1
 
 def usable(*tensors: torch.Tensor) -> bool:
     """Return whether these kernels take `tensors`: bfloat16 on the CPU, outside autograd and torch.compile."""
-    return (
-        isa_number() is not None
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and all(t.dtype is torch.bfloat16 and t.is_cpu and type(t) in _PLAIN for t in tensors)
-    )
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or isa_number() is None:
+        return False
+    return all(t.dtype is torch.bfloat16 and t.is_cpu and type(t) in _PLAIN for t in tensors)
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -68,13 +65,14 @@ def products(
     x: one for which `few_rows`; precisions: stored ones; backend: which prepared the weights.
     """
     x = x.contiguous()
-    leading, k = x.shape[:-1], x.shape[-1]
+    *leading, k = x.shape
     made: list[torch.Tensor] = []
     arguments: list[int] = []
     for weight, precision in zip(weights, precisions, strict=True):
-        y = torch.empty((*leading, weight.out_features), dtype=torch.bfloat16)
+        y = torch.empty(*leading, weight.out_features, dtype=torch.bfloat16)
         made.append(y)
-        arguments += (weight.blob.data_ptr(), weight.blob.numel(), precision, y.data_ptr())
+        blob = weight.blob
+        arguments += (blob.data_ptr(), blob.numel(), precision, y.data_ptr())
     _check(
         _loaded().products(
             x.data_ptr(), _BF16, x.numel() // k, k, k, None, backend._fast_tables(), torch.get_num_threads(), *arguments
