@@ -164,7 +164,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("build", type=Path)
-    parser.add_argument("--layers", default="4,12", help="the two sizes")
+    parser.add_argument("--layers", default="2,8", help="the two sizes")
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--wait", type=Path, help="start to measure when this file is there")
