@@ -75,12 +75,12 @@ void check_rows(int isa, int64_t k) {
 }
 
 void check_attend(int isa, int64_t heads, int64_t kv_heads, int64_t length, int64_t dim, int64_t value_dim) {
-    const std::vector<uint16_t> q = random_of(heads * dim), k = random_of(kv_heads * length * dim);
-    const std::vector<uint16_t> v = random_of(kv_heads * length * value_dim);
+    const std::vector<uint16_t> q = random_of(heads * dim);
+    std::vector<uint16_t> k = random_of(kv_heads * length * dim), v = random_of(kv_heads * length * value_dim);
     std::vector<uint16_t> out(static_cast<size_t>(heads * value_dim), 0x7fff);
     ab_attention a = {q.data(), k.data(), v.data(), out.data(), 1, heads, kv_heads, length, dim, value_dim,
                       heads * dim, kv_heads * length * dim, length * dim, dim,
-                      kv_heads * length * value_dim, length * value_dim, value_dim};
+                      kv_heads * length * value_dim, length * value_dim, value_dim, nullptr, nullptr, nullptr, nullptr, 0};
     expect(ab_attend(isa, &a, 0.5f, 1) == AB_OK, "attend", isa, heads, length, dim);
     for (int64_t h = 0; h < heads; h++) {
         const int64_t from = h / (heads / kv_heads);
@@ -98,6 +98,15 @@ void check_attend(int isa, int64_t heads, int64_t kv_heads, int64_t length, int6
                 wanted += shares[static_cast<size_t>(l)] / sum * value(v[static_cast<size_t>((from * length + l) * value_dim + i)]);
             expect(close(out[static_cast<size_t>(h * value_dim + i)], wanted), "attended", isa, h, i, length);
         }
+    }
+    if (dim % 32 == 0) {  // a new position: where it goes, and nothing beside it
+        const std::vector<uint16_t> key = random_of(kv_heads * dim), value = random_of(kv_heads * value_dim);
+        const std::vector<uint16_t> cos(static_cast<size_t>(dim), 0x3f80), sin(static_cast<size_t>(dim), 0);
+        a.new_key = key.data(), a.new_value = value.data(), a.cos = cos.data(), a.sin = sin.data();
+        expect(ab_attend(isa, &a, 0.5f, 1) == AB_OK, "attend new", isa, heads, length, dim);
+        for (int64_t h = 0; h < kv_heads; h++)
+            expect(!memcmp(&k[static_cast<size_t>((h * length + length - 1) * dim)], &key[static_cast<size_t>(h * dim)], static_cast<size_t>(dim) * 2),
+                   "placed", isa, h, length, dim);
     }
     a.dim = 8;
     expect(ab_attend(isa, &a, 0.5f, 1) == AB_BAD_SHAPE, "dim", isa, heads, length, 8);
