@@ -7,8 +7,8 @@ import torch
 
 import anybits
 from anybits import Recipe
-from anybits.integrations import decode_attention
 from anybits.integrations import transformers as hf
+from anybits.integrations.decode_step import attention as decode_attention
 from conftest import save_tiny
 
 

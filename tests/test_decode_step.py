@@ -10,11 +10,12 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from anybits import Recipe, quantize
-from anybits.integrations import decode_step, step_modules
+from anybits.integrations import decode_step
 from anybits.integrations import transformers as hf
-from anybits.integrations.growing_cache import LEAST_ROOM, GrowingLayer
-from anybits.integrations.step_attention import _Attention
-from anybits.integrations.step_modules import DenseHead, _GatedMLP, _Norm
+from anybits.integrations.decode_step import modules as step_modules
+from anybits.integrations.decode_step.attention_layers import _Attention
+from anybits.integrations.decode_step.cache import LEAST_ROOM, GrowingLayer
+from anybits.integrations.decode_step.modules import DenseHead, _GatedMLP, _Norm
 from conftest import ARCHITECTURES, save_tiny, tiny_model
 
 STANDARD_NORMS = {"llama", "llama-tied-bias", "qwen3", "mistral", "phi3", "qwen3-moe"}

@@ -18,9 +18,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from anybits.integrations import decode_attention
 from anybits.integrations import transformers as hf
-from anybits.integrations.step_modules import DenseHead
+from anybits.integrations.decode_step import attention as decode_attention
+from anybits.integrations.decode_step.modules import DenseHead
 from anybits.kernels import step
 
 BASES: dict[str, Callable[..., tuple[torch.Tensor, None]]] = {

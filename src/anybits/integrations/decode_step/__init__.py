@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from anybits.integrations.decode_attention import use_decode_attention
-from anybits.integrations.growing_cache import use_growing_cache
-from anybits.integrations.step_attention import use_step_attention
-from anybits.integrations.step_modules import use_step_modules
+from anybits.integrations.decode_step.attention import use_decode_attention
+from anybits.integrations.decode_step.attention_layers import use_step_attention
+from anybits.integrations.decode_step.cache import use_growing_cache
+from anybits.integrations.decode_step.modules import use_step_modules
 
 
 def use_decode_step(model: Any) -> None:

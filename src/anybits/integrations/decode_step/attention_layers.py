@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from anybits.integrations import decode_attention
 from anybits.integrations import transformers as hf
-from anybits.integrations.growing_cache import GrowingLayer
-from anybits.integrations.step_modules import agree, with_forward
+from anybits.integrations.decode_step import attention as decode_attention
+from anybits.integrations.decode_step.cache import GrowingLayer
+from anybits.integrations.decode_step.modules import agree, with_forward
 from anybits.kernels import step
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
