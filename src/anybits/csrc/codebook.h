@@ -90,7 +90,7 @@ inline void merge_codes(const typename I::V *planes, typename I::V *codes) {
 
 // Spans first ... last - 1 of one output row for MC rows of x at precision P, added to sums[m] of LANES floats.
 template <class I, int P, int MC>
-void codebook_row(const Call &c, int64_t n, int64_t first, int64_t last, int64_t ahead, float *sums_at) {
+void codebook_row(const Call &c, const int *rows, int64_t n, int64_t first, int64_t last, int64_t ahead, float *sums_at) {
     using V = typename I::V;
     using F = typename I::F;
     constexpr int PIECES = 64 / I::BYTES;
@@ -101,8 +101,8 @@ void codebook_row(const Call &c, int64_t n, int64_t first, int64_t last, int64_t
     const float *scales[MC];
     F sums[MC];
     for (int m = 0; m < MC; m++) {
-        x[m] = reinterpret_cast<const int16_t *>(c.tables + c.order[m] * c.table_stride);
-        scales[m] = c.scales + c.order[m] * c.scale_stride;
+        x[m] = reinterpret_cast<const int16_t *>(c.tables + rows[m] * c.table_stride);
+        scales[m] = c.scales + rows[m] * c.scale_stride;
         sums[m] = I::load(sums_at + m * I::LANES);
     }
     for (int64_t span = first; span < last; span++) {
@@ -235,19 +235,31 @@ void codebook_rows(const Call &c, int64_t n, int64_t count, float *sums) {
     }
 }
 
-// Up to four rows of x at one precision: what is looked up stays in registers. Planes are read in one go unless x is too long
-// for the first-level cache.
+// A segment, up to four rows of x at a time: what is looked up stays in registers, and is looked up again for the next four.
+// Planes are read in one go unless x is too long for the first-level cache.
 template <class I, int P>
-void codebook_few_rows(const Call &c, int64_t n, int64_t count, float *sums) {
-    void (*const row[])(const Call &, int64_t, int64_t, int64_t, int64_t, float *) = {
+void codebook_few_rows(const Call &c, const Segment &s, int64_t n, int64_t count, float *sums) {
+    void (*const row[])(const Call &, const int *, int64_t, int64_t, int64_t, int64_t, float *) = {
         codebook_row<I, P, 1>, codebook_row<I, P, 2>, codebook_row<I, P, 3>, codebook_row<I, P, 4>};
-    const int64_t spans = c.weight->spans, at_once = c.rows <= 2 ? spans : PIECE_SPANS;
+    const int64_t spans = c.weight->spans, at_once = s.count <= 2 ? spans : PIECE_SPANS;
     const int64_t ahead = at_once == spans ? STREAM_AHEAD : CODEBOOK_TILE * c.weight->tile_bytes;
-    for (int64_t span = 0; span < spans; span += at_once)
-        for (int64_t r = 0; r < count; r++) {
-            const int64_t end = span + at_once < spans ? span + at_once : spans;
-            row[c.rows - 1](c, n + r, span, end, ahead, sums + r * c.rows * I::LANES);
+    for (int64_t span = 0; span < spans; span += at_once) {
+        const int64_t end = span + at_once < spans ? span + at_once : spans;
+        for (int done = 0, taken; done < s.count; done += taken) {
+            const int position = s.first + done;
+            taken = s.count - done < 4 ? s.count - done : 4;
+            for (int64_t r = 0; r < count; r++) {
+                float *at = sums + (r * c.rows + position) * I::LANES;
+                row[taken - 1](c, c.order + position, n + r, span, end, ahead, at);
+            }
         }
+    }
+}
+
+// Whether storing codes costs less than looking them up again for every four rows of x: measured on Zen 4, docs/kernels.md.
+inline bool shares_codes(const Call &c) {
+    if (c.segment_count > 1) return c.rows >= 8;
+    return c.rows >= 16 || (c.rows > 4 && c.segments[0].precision >= 5);
 }
 
 // The totals of the partial sums of `count` output rows, `stride` floats apart.
@@ -261,17 +273,18 @@ inline void tile_totals(const float *sums, int64_t stride, int64_t count, float 
 // Tiles are 16 output rows here: enough to write results in whole cache lines.
 template <class I>
 void codebook_multiply(const Call &c, int64_t first, int64_t last, float *scratch) {
-    void (*const few_rows[])(const Call &, int64_t, int64_t, float *) = {
+    void (*const few_rows[])(const Call &, const Segment &, int64_t, int64_t, float *) = {
         codebook_few_rows<I, 1>, codebook_few_rows<I, 2>, codebook_few_rows<I, 3>, codebook_few_rows<I, 4>,
         codebook_few_rows<I, 5>, codebook_few_rows<I, 6>, codebook_few_rows<I, 7>, codebook_few_rows<I, 8>};
     const int64_t n = c.weight->shape.out_features;
     for (int64_t tile = first; tile < last; tile++) {
         const int64_t row = tile * CODEBOOK_TILE, count = n - row < CODEBOOK_TILE ? n - row : CODEBOOK_TILE;
         memset(scratch, 0, static_cast<size_t>(count * c.rows * I::LANES) * sizeof(float));
-        if (c.rows <= 4 && c.segment_count == 1)
-            few_rows[c.segments[0].precision - 1](c, row, count, scratch);
-        else
+        if (shares_codes(c))
             codebook_rows<I>(c, row, count, scratch);
+        else
+            for (int i = 0; i < c.segment_count; i++)
+                few_rows[c.segments[i].precision - 1](c, c.segments[i], row, count, scratch);
         for (int i = 0; i < c.segment_count; i++) {
             const Segment &s = c.segments[i];
             for (int p = s.first; p < s.first + s.count; p++) {

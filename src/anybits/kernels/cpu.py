@@ -33,8 +33,8 @@ MAX_KERNEL_ROWS = 64
 DENSE_ROWS = {
     ("amx", True): (0, 90, 90, 64, 48, 40, 36, 32, 30),
     ("amx", False): (0, 100, 100, 100, 100, 96, 96, 80, 64),
-    ("avx512", True): (0, 256, 256, 128, 72, 58, 48, 38, 31),
-    ("avx512", False): (0, 72, 72, 70, 70, 60, 54, 24, 12),
+    ("avx512", True): (0, 256, 256, 160, 84, 66, 52, 48, 42),
+    ("avx512", False): (0, 72, 72, 72, 72, 70, 68, 64, 60),
     ("avx2", True): (0, 42, 42, 28, 20, 16, 14, 12, 12),
     ("avx2", False): (0, 42, 42, 40, 40, 24, 12, 12, 12),
     ("neon", True): (0, 42, 42, 28, 20, 16, 14, 12, 12),
@@ -49,11 +49,12 @@ p = 2 / 3 / 4. Kernel at 16 rows: affine 586 / 801 / 1008, codebook 451 / 467 / 
 codebook 333 / 363 / 394. torch's bf16 GEMM: 1020 at 16 rows, 1270 at 32, 1900 at 64, 2700 at 128, 4350 at 256,
 7450 at 512. avx2: measured on a quiet Zen 4.
 
-avx512: both ways measured on a quiet Zen 4, 4096 x 4096, two threads, at 16 ... 128 rows and p = 2, 3, 4, 6, 8; p = 5
-and 7 lie between. Kernel against slabs in ms: affine at 64 rows, p = 2 / 4 / 6, 4.8 / 8.7 / 12.5 against 8.4 / 9.0 /
-9.5, at 128 rows, p = 2 / 3, 9.8 / 13.5 against 13.2 / 13.6; codebook at 64 rows, p = 2 / 4 / 6, 8.2 / 8.5 / 10.1
-against 8.3, at 16 rows, p = 8, 4.9 against 4.0. Precisions 5 to 8 of amx are extrapolated, NEON's row is a copy of
-avx2's and portable's a guess.
+avx512: both ways measured on a quiet Zen 4, 4096 x 4096, two threads, p = 2, 3, 4, 6, 8; p = 5 and 7 lie between.
+Kernel against slabs in ms: affine p = 3 at 160 rows 15.6 and 16.1, p = 4 at 80 rows 10.2 and 10.4, at 96 rows 12.1
+and 11.6, p = 6 at 48 rows 8.7 and 9.4, at 56 rows 10.2 and 9.5, p = 8 at 40 rows 9.8 and 10.4, at 48 rows 11.5 and
+10.4; codebook p = 2 / 4 / 6 at 64 rows, 8.5 / 8.0 / 8.2 and 8.9 / 8.6 / 8.6, at 96 rows 12.1 / 12.4 / 12.7 and 10.9,
+p = 8 at 48 rows 7.1 and 8.3, at 64 rows 9.0 and 8.6. Precisions 5 to 8 of amx are extrapolated, NEON's row is a copy
+of avx2's and portable's a guess.
 """
 
 DENSE_ROWS_FP32 = 8
