@@ -28,7 +28,7 @@ from anybits.errors import AnybitsError
 from anybits.integrations.vllm import SUPPORTED, frontend, register, runner, unsupported_version
 from anybits.integrations.vllm.config import AnybitsQuantization
 from anybits.integrations.vllm.limits import check_engine
-from anybits.integrations.vllm.linear import PlaneLinearMethod, Served, profiles_of
+from anybits.integrations.vllm.linear import PlaneLinearMethod, Served
 from anybits.integrations.vllm.options import EngineOptions, parse_precision
 from anybits.integrations.vllm.rows import RowPrecisions
 from anybits.integrations.vllm.shards import check_columns, select_columns, select_rows
@@ -152,9 +152,9 @@ def test_a_fused_layer_whose_parts_agree_stays_whole():
 
 
 def test_a_profile_must_name_every_matrix():
-    assert profiles_of(PROFILED, ATTENTION[2]) == (3, 2)
+    assert tuple(PROFILED.profiles_of(ATTENTION[2]).values()) == (3, 2)
     with pytest.raises(AnybitsError, match="profile 2.5 lacks o_proj"):
-        profiles_of(PROFILED, "o_proj")
+        PROFILED.profiles_of("o_proj")
 
 
 class State(ModelState):
