@@ -119,7 +119,7 @@ def killed_and_resumed(line: list[str], seconds: float, kills: int, seed: int) -
             child.wait()
             at.append(round(wait, 1))
     last = run(line) if len(at) == kills else {"peak": 0.0}
-    return {"kills": len(at), "killed_after_seconds": at, "peak_of_the_last_run_gb": round(last["peak"], 2)}
+    return {"kills": len(at), "killed_after_seconds": " ".join(map(str, at)), "peak_of_the_last_run_gb": round(last["peak"], 2)}
 
 
 def differing_files(one: Path, other: Path) -> list[str]:
@@ -183,7 +183,9 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
         result |= killed_and_resumed(
             command(arguments, source, disturbed, text), seconds, arguments.kill, arguments.seed
         )
-        result["differing_files"] = differing_files(whole, disturbed)
+        differing = differing_files(whole, disturbed)
+        print("not the same in both runs:", *differing or ["nothing"], file=sys.stderr)
+        result["differing_files"] = len(differing)
     return result
 
 
