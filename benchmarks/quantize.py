@@ -119,7 +119,11 @@ def killed_and_resumed(line: list[str], seconds: float, kills: int, seed: int) -
             child.wait()
             at.append(round(wait, 1))
     last = run(line) if len(at) == kills else {"peak": 0.0}
-    return {"kills": len(at), "killed_after_seconds": " ".join(map(str, at)), "peak_of_the_last_run_gb": round(last["peak"], 2)}
+    return {
+        "kills": len(at),
+        "killed_after_seconds": " ".join(map(str, at)),
+        "peak_of_the_last_run_gb": round(last["peak"], 2),
+    }
 
 
 def differing_files(one: Path, other: Path) -> list[str]:
