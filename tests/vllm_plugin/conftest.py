@@ -17,6 +17,7 @@ import contextlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -119,21 +120,38 @@ def prompts(count: int, longest: int = 40, seed: int = 0) -> list[list[int]]:
     return [[rng.randrange(3, 64) for _ in range(rng.randint(3, longest))] for _ in range(count)]
 
 
+@cache
+def _transformers(folder: Path) -> Any:
+    return hf.load_model(folder, dtype=torch.float32)
+
+
+def _generated(folder: Path, prompt: Sequence[int], precision: Single) -> Any:
+    ids = torch.tensor([list(prompt)])
+    settings = dict(max_new_tokens=TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0)
+    return _transformers(folder).generate(
+        ids, precision=precision, return_dict_in_generate=True, output_scores=True, **settings
+    )
+
+
 @pytest.fixture(scope="session")
 def expected() -> Callable[[Path, Sequence[int], Single], list[int]]:
     """(folder, prompt, precision) -> the greedy tokens of transformers' own generate."""
-    models: dict[Path, Any] = {}
+    return lambda folder, prompt, precision: _generated(folder, prompt, precision).sequences[0, len(prompt) :].tolist()
 
-    def tokens(folder: Path, prompt: Sequence[int], precision: Single) -> list[int]:
-        if folder not in models:
-            models[folder] = hf.load_model(folder, dtype=torch.float32)
-        ids = torch.tensor([list(prompt)])
-        out = models[folder].generate(
-            ids, max_new_tokens=TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0, precision=precision
-        )
-        return out[0, ids.shape[1] :].tolist()
 
-    return tokens
+@pytest.fixture(scope="session")
+def margin() -> Callable[[Path, Sequence[int], Single], float]:
+    """(folder, prompt, precision) -> the least distance of the two best logits along those tokens.
+
+    The kernels' error in fp32 is 1e-4: below that, two engines that add in other orders may each choose another token.
+    """
+
+    def least(folder: Path, prompt: Sequence[int], precision: Single) -> float:
+        scores = torch.cat(_generated(folder, prompt, precision).scores)
+        best = scores.topk(2).values
+        return float((best[:, 0] - best[:, 1]).min())
+
+    return least
 
 
 def mixed(count: int, seed: int, longest: int = 40) -> list[tuple[list[int], Single]]:

@@ -125,8 +125,9 @@ def complete(client: openai.OpenAI, prompt: list[int], precision) -> list[int]:
     return answer.choices[0].token_ids
 
 
-def test_48_requests_at_once(client, llama, expected):
-    asked = mixed(48, seed=14)
+def test_48_requests_at_once(client, llama, expected, margin):
+    asked = [one for one in mixed(56, seed=14) if margin(llama, *one) > 1e-3][:48]
+    assert len(asked) == 48
     with ThreadPoolExecutor(48) as pool:
         got = list(pool.map(lambda one: complete(client, *one), asked))
     assert got == [expected(llama, *one) for one in asked]
