@@ -81,18 +81,6 @@ PyObject *blob_steps(PyObject *, PyObject *const *args, Py_ssize_t given) {
     return PyLong_FromLong(status);
 }
 
-PyObject *matmul(PyObject *, PyObject *const *args, Py_ssize_t given) {
-    long long v[12];
-    if (!integers(args, given, 12, v)) return nullptr;
-    int status;
-    Py_BEGIN_ALLOW_THREADS;
-    status = ab_matmul(pointer<void>(v[0]), v[1], pointer<void>(v[2]), static_cast<int>(v[3]), v[4], v[5], v[6],
-                       static_cast<int>(v[7]), pointer<const int32_t>(v[8]), pointer<void>(v[9]), v[10] != 0,
-                       static_cast<int>(v[11]));
-    Py_END_ALLOW_THREADS;
-    return PyLong_FromLong(status);
-}
-
 // Products of one x: after x, dtype, rows, k, stride, row precisions, fast and threads come, for each weight, its blob, bytes,
 // precision and y.
 PyObject *products(PyObject *, PyObject *const *args, Py_ssize_t given) {
@@ -229,8 +217,7 @@ PyMethodDef methods[] = {
     FAST(blob_plane, "Repack one plane."),
     FAST(blob_levels, "Repack the levels of one precision."),
     FAST(blob_steps, "Repack the steps of one precision's levels in 8 bits."),
-    FAST(matmul, "y = x @ W_p.T; returns a status."),
-    FAST(products, "y = x @ W_p.T for several weights; returns a status."),
+    FAST(products, "y = x @ W_p.T for one or several weights; returns a status."),
     FAST(same_bytes, "Whether two pieces of memory hold the same."),
     FAST(dequantize, "Write rows of W_p; returns a status."),
     FAST(dense, "y = x @ w.T + bias in bfloat16; returns a status."),

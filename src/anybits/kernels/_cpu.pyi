@@ -17,21 +17,17 @@ def blob_begin(
 def blob_plane(blob: int, bytes: int, plane: int, words: int, threads: int) -> int: ...
 def blob_levels(blob: int, bytes: int, precision: int, scales: int, offsets: int | None) -> int: ...
 def blob_steps(blob: int, bytes: int, precision: int, scale_steps: int, offset_steps: int | None) -> int: ...
-def matmul(
-    blob: int,
-    bytes: int,
+def products(
     x: int,
     dtype: int,
     rows: int,
     k: int,
     stride: int,
-    precision: int,
     row_precisions: int | None,
-    y: int,
     fast: int,
     threads: int,
+    *blob_bytes_precision_y: int,
 ) -> int: ...
-def products(*x_and_weights: int | None) -> int: ...
 def same_bytes(a: int, b: int, bytes: int) -> bool: ...
 def dequantize(
     blob: int, bytes: int, precision: int, first: int, count: int, dtype: int, out: int, threads: int

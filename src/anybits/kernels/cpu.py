@@ -57,6 +57,9 @@ p = 8 at 48 rows 7.1 and 8.3, at 64 rows 9.0 and 8.6. Precisions 5 to 8 of amx a
 of avx2's and portable's a guess.
 """
 
+LEAST_DENSE_ROWS = min(rows for crossings in DENSE_ROWS.values() for rows in crossings[1:])
+"""Fewer rows never become dense."""
+
 DENSE_ROWS_FP32 = 8
 """Factor on DENSE_ROWS for fp32 and fp16 x: at 64 rows slabs took 22 ms with fp32 and 8 to 11 with bf16.
 
@@ -97,10 +100,22 @@ def library() -> ModuleType | None:
     return _cpu
 
 
-def _loaded() -> ModuleType:
-    loaded = library()
-    assert loaded is not None, "unsupported() said that there is no library"
-    return loaded
+def loaded() -> ModuleType:
+    """Return the extension module, where somebody has seen that there is one."""
+    found = library()
+    assert found is not None, "unsupported() said that there is no library"
+    return found
+
+
+def isa_number(name: str | None = None) -> int:
+    """Return the number of the instruction set `name`, or else of ANYBITS_CPU_ISA, or else of this machine's best."""
+    name, machine = name or os.environ.get("ANYBITS_CPU_ISA"), loaded()
+    if not name:
+        return int(machine.isa_best())
+    usable = [isa for i, isa in enumerate(ISAS) if machine.isa_usable(i)]
+    if name not in usable:
+        raise AnybitsError(f"instruction set '{name}' does not run here: choose {' or '.join(usable)}")
+    return ISAS.index(name)
 
 
 class CpuBackend:
@@ -123,12 +138,12 @@ class CpuBackend:
             return f"it runs on the CPU, not on {device.type}"
         if library() is None:
             return "the CPU kernels were not compiled when anybits was installed (a C++17 compiler is needed)"
-        self._isa_number()
+        isa_number(self._isa)
         return None
 
     def prepare(self, weight: PlaneWeight) -> PackedWeight:
         """Return `weight` repacked plane after plane into 2 MiB pages; nothing in it refers to `weight`."""
-        packer, isa = _loaded(), self._isa_number()
+        packer, isa = loaded(), isa_number(self._isa)
         levels = weight.levels
         scaled = levels if isinstance(levels, AffineLevels) else None
         dtype = _common_dtype(levels)
@@ -164,24 +179,15 @@ class CpuBackend:
         """Return x `[M, K]` @ W_p.T as `[M, N]` in x's dtype (fp32, bf16 or fp16), accumulated in float32."""
         rows = None if isinstance(precision, int) else precision
         wanted = precision if isinstance(precision, int) else 0
-        fast = self._fast_tables()
+        fast = self.fast_tables()
         if x.requires_grad and torch.is_grad_enabled():
             return _Product.apply(x, prepared, wanted, rows, fast)
         run = torch.ops.anybits.cpu_matmul if torch.compiler.is_compiling() or type(x) is not torch.Tensor else _matmul
         return run(x, prepared.blob, prepared.out_features, wanted, rows, fast)
 
-    def _fast_tables(self) -> bool:
+    def fast_tables(self) -> bool:
+        """Return whether tables of int8 are used."""
         return _fast_by_environment() if self._fast is None else self._fast
-
-    def _isa_number(self) -> int:
-        name = self._isa or os.environ.get("ANYBITS_CPU_ISA")
-        machine = _loaded()
-        if not name:
-            return int(machine.isa_best())
-        usable = [isa for i, isa in enumerate(ISAS) if machine.isa_usable(i)]
-        if name not in usable:
-            raise AnybitsError(f"instruction set '{name}' does not run here: choose {' or '.join(usable)}")
-        return ISAS.index(name)
 
 
 @cache
@@ -234,26 +240,26 @@ def _matmul(
     dtype = _DTYPES.get(x.dtype, -1)
     if rows is not None:
         rows = _checked_rows(rows, count)
-    if dtype < 0 or count == 0 or (count >= 12 and _dense_is_faster(x, blob, precision, rows)):
+    if dtype < 0 or count == 0 or (count >= LEAST_DENSE_ROWS and _dense_is_faster(x, blob, precision, rows)):
         return _dense(x, blob, out_features, precision, rows)
     if x.stride(1) != 1:
         x = x.contiguous()
     y = torch.empty((count, out_features), dtype=x.dtype)
-    run, size, stride = _loaded().matmul, x.element_size(), x.stride(0)
+    run, size, stride = loaded().products, x.element_size(), x.stride(0)
     source, threads = (blob.data_ptr(), blob.numel()), torch.get_num_threads()
     for first in range(0, count, MAX_KERNEL_ROWS):
         status = run(
-            *source,
             x.data_ptr() + first * stride * size,
             dtype,
             min(count - first, MAX_KERNEL_ROWS),
             columns,
             stride,
-            precision,
             None if rows is None else rows.data_ptr() + 4 * first,
-            y.data_ptr() + first * out_features * size,
             fast,
             threads,
+            *source,
+            precision,
+            y.data_ptr() + first * out_features * size,
         )
         if status:
             raise _refusal(status, x, blob, precision, rows)
@@ -335,14 +341,14 @@ def _dense_into(y: torch.Tensor, x: torch.Tensor, blob: torch.Tensor, header: _H
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
     x = x.to(dtype)
     k, n = header.in_features, header.out_features
-    tile = max(64, _loaded().tile_rows(header.isa))
+    tile = max(64, loaded().tile_rows(header.isa))
     # Odd multiples of a tile: columns a power of two apart would push each other out of the cache.
     count = ((max(1, SLAB_BYTES // (k * dtype.itemsize) // tile) - 1) | 1) * tile
     slab = torch.empty(k * min(count, n), dtype=dtype)
     source, to = (blob.data_ptr(), blob.numel(), precision), (_DTYPES[dtype], slab.data_ptr(), torch.get_num_threads())
     for first in range(0, n, count):
         here = min(count, n - first)
-        _check(_loaded().dequantize(*source, first, here, *to))
+        _check(loaded().dequantize(*source, first, here, *to))
         flat = slab[: k * here]
         w_t = flat.view(k, here) if header.affine else flat.view(here, k).t()
         y[:, first : first + here] = x @ w_t
@@ -352,7 +358,7 @@ def _dequantized(blob: torch.Tensor, header: _Header, precision: int) -> torch.T
     """Return W_p.T as float32 `[K, N]`."""
     flat = torch.empty(header.in_features * header.out_features)
     where = (blob.data_ptr(), blob.numel(), precision, 0, header.out_features, _DTYPES[torch.float32])
-    _check(_loaded().dequantize(*where, flat.data_ptr(), torch.get_num_threads()))
+    _check(loaded().dequantize(*where, flat.data_ptr(), torch.get_num_threads()))
     if header.affine:
         return flat.view(header.in_features, header.out_features)
     return flat.view(header.out_features, header.in_features).t()

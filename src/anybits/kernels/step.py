@@ -7,10 +7,8 @@ of one bfloat16 row besides uses one thread: the output layer of 128,256 x 4096 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from functools import cache
-from types import ModuleType
 
 import torch
 
@@ -19,9 +17,6 @@ from anybits.kernels import cpu
 
 MAX_DENSE_ROWS = 8
 """Rows of x up to which `dense` is used: with more, torch's product is faster."""
-
-LEAST_SLAB_ROWS = 12
-"""Rows from which the backend may dequantize instead (the least of cpu.DENSE_ROWS)."""
 
 _BF16 = 1
 
@@ -39,22 +34,12 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 @cache
 def isa_number() -> int | None:
     """Return the number of the instruction set (ANYBITS_CPU_ISA or the best); None when the kernels were not built."""
-    library = cpu.library()
-    if library is None:
-        return None
-    name = os.environ.get("ANYBITS_CPU_ISA")
-    return cpu.ISAS.index(name) if name in cpu.ISAS else int(library.isa_best())
-
-
-def _loaded() -> ModuleType:
-    library = cpu.library()
-    assert library is not None, "usable() said that there is no library"
-    return library
+    return None if cpu.library() is None else cpu.isa_number()
 
 
 def few_rows(x: torch.Tensor, in_features: int) -> bool:
     """Return whether `products` takes x `[..., in_features]`: few enough rows for the plane kernels in any case."""
-    return 0 < x.numel() < LEAST_SLAB_ROWS * in_features and x.shape[-1] == in_features and usable(x)
+    return 0 < x.numel() < cpu.LEAST_DENSE_ROWS * in_features and x.shape[-1] == in_features and usable(x)
 
 
 def products(
@@ -74,8 +59,8 @@ def products(
         blob = weight.blob
         arguments += (blob.data_ptr(), blob.numel(), precision, y.data_ptr())
     _check(
-        _loaded().products(
-            x.data_ptr(), _BF16, x.numel() // k, k, k, None, backend._fast_tables(), torch.get_num_threads(), *arguments
+        cpu.loaded().products(
+            x.data_ptr(), _BF16, x.numel() // k, k, k, None, backend.fast_tables(), torch.get_num_threads(), *arguments
         )
     )  # fmt: skip
     return made
@@ -83,7 +68,7 @@ def products(
 
 def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Return whether two contiguous tensors of one size hold the same bytes."""
-    return _loaded().same_bytes(a.data_ptr(), b.data_ptr(), a.numel() * a.element_size())
+    return cpu.loaded().same_bytes(a.data_ptr(), b.data_ptr(), a.numel() * a.element_size())
 
 
 def dense(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -96,7 +81,7 @@ def dense(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = Non
     y = torch.empty((*x.shape[:-1], n), dtype=torch.bfloat16)
     bias_at = None if bias is None else bias.data_ptr()
     _check(
-        _loaded().dense(
+        cpu.loaded().dense(
             isa_number(), weight.data_ptr(), bias_at, n, k, rows.data_ptr(), rows.shape[0], k, y.data_ptr(),
             torch.get_num_threads(),
         )
@@ -110,7 +95,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     y = torch.empty_like(x)
     k = weight.shape[0]
     _check(
-        _loaded().rms_norm(
+        cpu.loaded().rms_norm(
             isa_number(), x.data_ptr(), weight.data_ptr(), x.numel() // k, k, y.data_ptr(), torch.get_num_threads(), eps
         )
     )  # fmt: skip
@@ -122,7 +107,7 @@ def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     gate, up = gate.contiguous(), up.contiguous()
     y = torch.empty_like(gate)
     _check(
-        _loaded().silu_mul(
+        cpu.loaded().silu_mul(
             isa_number(), gate.data_ptr(), up.data_ptr(), gate.numel(), y.data_ptr(), torch.get_num_threads()
         )
     )
@@ -151,7 +136,7 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling:
     kv_heads, length = key.shape[1:3]
     out = torch.empty((batch, 1, heads, value.shape[3]), dtype=torch.bfloat16)
     _check(
-        _loaded().attend(
+        cpu.loaded().attend(
             isa_number(), torch.get_num_threads(),
             query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(),
             batch, heads, kv_heads, length, dim, value.shape[3],
@@ -179,7 +164,7 @@ def attend_new(
     heads, value_dim = query.shape[2] // dim, values.shape[3]
     out = torch.empty((batch, 1, heads * value_dim), dtype=torch.bfloat16)
     _check(
-        _loaded().attend(
+        cpu.loaded().attend(
             isa_number(), torch.get_num_threads(),
             query.data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr(),
             batch, heads, kv_heads, length, dim, value_dim,
