@@ -1,10 +1,11 @@
-"""What every line of results says about its run."""
+"""What several benchmarks need: what every line of results says about its run, and processes that answer lines."""
 
 from __future__ import annotations
 
 import datetime
 import platform
 import subprocess
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,3 +29,27 @@ def about_run() -> dict[str, Any]:
         "anybits": anybits.__version__,
         "torch": torch.__version__,
     }
+
+
+class LineProcess:
+    """A process that answers each line with a line."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self._command = " ".join(command)
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def ask(self, line: str) -> str:
+        """Return the answer; end this program when the process has ended."""
+        assert self._process.stdin
+        assert self._process.stdout
+        print(line, file=self._process.stdin, flush=True)
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise SystemExit(f"this process ended: {self._command}")
+        return answer
+
+    def close(self) -> None:
+        """Tell the process that nothing follows, and wait until it has ended."""
+        assert self._process.stdin
+        self._process.stdin.close()
+        self._process.wait()

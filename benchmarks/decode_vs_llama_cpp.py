@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import LineProcess, about_run
 
 from anybits.evaluate import end_to_end
 from anybits.evaluate.kernels import read_bandwidth
@@ -38,26 +39,14 @@ STEPS = 3  # of each model in a round
 WARM = 3
 
 
-class LlamaCpp:
+class LlamaCpp(LineProcess):
     """A model that libllama runs in a process of its own."""
 
     def __init__(self, program: Path, model: Path, threads: int, context: int) -> None:
-        command = [str(program), str(model), str(threads), str(context)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        super().__init__([str(program), str(model), str(threads), str(context)])
 
     def __call__(self, steps: int) -> list[float]:
-        assert self._process.stdin
-        assert self._process.stdout
-        print(steps, file=self._process.stdin, flush=True)
-        answer = self._process.stdout.readline()
-        if not answer:
-            raise SystemExit("the process that runs llama.cpp ended")
-        return [float(seconds) for seconds in answer.split()]
-
-    def close(self) -> None:
-        assert self._process.stdin
-        self._process.stdin.close()
-        self._process.wait()
+        return [float(seconds) for seconds in self.ask(str(steps)).split()]
 
 
 def compiled(build: Path, folder: Path) -> Path:
@@ -77,14 +66,15 @@ def compiled(build: Path, folder: Path) -> Path:
     return program
 
 
-def theirs(build: Path, folder: Path, layers: int, context: int) -> dict[Any, Callable[[int], list[float]]]:
+def theirs(build: Path, folder: Path, layers: tuple[int, ...], context: int) -> dict[Any, Callable[[int], list[float]]]:
     """Return (layers, precision, "llama.cpp") -> a run of steps."""
     program, runs = compiled(build, folder), {}
-    for p, mix in MIXES.items():
-        file = folder / f"{mix}-{layers}.gguf"
-        writer = [sys.executable, str(Path(__file__).parent / "random_gguf.py"), str(build), str(file)]
-        subprocess.run([*writer, "--mix", mix, "--layers", str(layers)], check=True)
-        runs[layers, p, "llama.cpp"] = LlamaCpp(program, file, torch.get_num_threads(), context)
+    for count in layers:
+        for p, mix in MIXES.items():
+            file = folder / f"{mix}-{count}.gguf"
+            writer = [sys.executable, str(Path(__file__).parent / "random_gguf.py"), str(build), str(file)]
+            subprocess.run([*writer, "--mix", mix, "--layers", str(count)], check=True)
+            runs[count, p, "llama.cpp"] = LlamaCpp(program, file, torch.get_num_threads(), context)
     return runs
 
 
@@ -160,7 +150,6 @@ def measure(runs: dict[Any, Callable[[int], list[float]]], rounds: int) -> tuple
 
 def main() -> None:
     """Measure, print and write."""
-    from common import about_run
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("build", type=Path)
@@ -173,8 +162,7 @@ def main() -> None:
     few, many = (int(count) for count in arguments.layers.split(","))
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
         runs = ours((few, many), arguments.context)
-        for count in (few, many):
-            runs |= theirs(arguments.build, Path(folder), count, arguments.context)
+        runs |= theirs(arguments.build, Path(folder), (few, many), arguments.context)
         while arguments.wait and not arguments.wait.exists():
             time.sleep(0.1)
         seconds, bandwidth = measure(runs, arguments.rounds)
@@ -182,12 +170,12 @@ def main() -> None:
             if isinstance(run, LlamaCpp):
                 run.close()
     made = lines(seconds, (few, many), arguments.context, bandwidth)
-    name = {"isa": cpu.ISAS[cpu.library().isa_best()]}
+    isa = {"isa": cpu.ISAS[cpu.isa_number()]}
     for line in made:
         print(json.dumps(line), flush=True)
     if arguments.out:
         with arguments.out.open("a") as file:
-            file.writelines(json.dumps(line | name | about_run()) + "\n" for line in made)
+            file.writelines(json.dumps(line | isa | about_run()) + "\n" for line in made)
 
 
 if __name__ == "__main__":

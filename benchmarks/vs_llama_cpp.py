@@ -19,9 +19,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import LineProcess, about_run
 
 from anybits.evaluate.kernels import METHODS, SHAPES, copies_beyond_cache, random_weight, read_bandwidth, times_of
 from anybits.kernels import cpu
@@ -40,26 +39,14 @@ PAUSE = 0.1  # seconds after which a library's threads no longer wait actively, 
 _BANDWIDTH_BYTES = 256 << 20
 
 
-class Ggml:
+class Ggml(LineProcess):
     """ggml_products.py in a process of its own."""
 
     def __init__(self, build: Path, threads: int) -> None:
-        command = [sys.executable, str(Path(__file__).parent / "ggml_products.py"), str(build), str(threads)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        super().__init__([sys.executable, str(Path(__file__).parent / "ggml_products.py"), str(build), str(threads)])
 
     def __call__(self, do: str, **arguments: Any) -> dict[str, Any]:
-        assert self._process.stdin
-        assert self._process.stdout
-        print(json.dumps({"do": do, **arguments}), file=self._process.stdin, flush=True)
-        answer = self._process.stdout.readline()
-        if not answer:
-            raise SystemExit("the process that runs ggml ended")
-        return dict(json.loads(answer))
-
-    def close(self) -> None:
-        assert self._process.stdin
-        self._process.stdin.close()
-        self._process.wait()
+        return dict(json.loads(self.ask(json.dumps({"do": do, **arguments}))))
 
 
 def ours(shape: tuple[int, int], method: str, rows: Sequence[int]) -> Iterator[tuple[int, int, int, float, Callable]]:
@@ -162,7 +149,6 @@ def blocks(lines: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     """Measure, print and write."""
-    from common import about_run
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("build", type=Path)
@@ -176,7 +162,7 @@ def main() -> None:
     rows = [int(m) for m in arguments.rows.split(",")]
     ggml = Ggml(arguments.build, torch.get_num_threads())
     facts = ggml("about")
-    name = os.environ.get("ANYBITS_CPU_ISA") or cpu.ISAS[cpu.library().isa_best()]
+    name = cpu.ISAS[cpu.isa_number()]
     facts = {"isa": name, "ggml": facts["ggml"], "ggml_features": " ".join(facts["features"])} | about_run()
     lines = []
     with torch.inference_mode():
