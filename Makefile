@@ -17,7 +17,7 @@ test: $(STAMP)
 
 # On a machine with an NVIDIA GPU: the whole matrix, graphs, streams, torch.compile.
 test-gpu: $(STAMP)
-	$(BIN)/python -m pytest -m gpu tests/test_kernels_cuda.py
+	$(BIN)/python -m pytest -m gpu tests/test_kernels_cuda.py tests/test_static_decode_cuda.py
 
 # Without a GPU: every kernel variant for every architecture (minutes), and the whole matrix on the emulator (minutes).
 test-cuda-compile: $(STAMP)

@@ -74,6 +74,16 @@ def test_generate_at_each_precision(capsys: pytest.CaptureFixture[str], model: P
     )
 
 
+def test_generate_in_a_static_cache_writes_the_same_text(capsys: pytest.CaptureFixture[str], model: Path) -> None:
+    arguments = ("generate", model / "any", "--prompt", "the fox", "--max-new-tokens", 12, "--device", "cpu")
+    texts = []
+    for more in ((), ("--static-cache",), ("--static-cache", "--schedule", "split:4,4")):
+        code, text, _ = run(capsys, *arguments, *more)
+        assert code == 0
+        texts.append(text)
+    assert len(set(texts)) == 1
+
+
 def test_generate_with_drafts_writes_the_same_text_and_reports(capsys: pytest.CaptureFixture[str], model: Path) -> None:
     arguments = ("generate", model / "any", "--prompt", "the fox", "--max-new-tokens", 12)
     _, plain, silent = run(capsys, *arguments, "--precision", 4)
@@ -156,6 +166,7 @@ BAD = {
     "Missing option": ("quantize", "{float}"),
     "precision 7 is not stored: choose one of 2, 3, 4": ("generate", "{any}", "--precision", "7", "--prompt", "a"),
     "schedule 'x' cannot be read": ("generate", "{any}", "--schedule", "x", "--prompt", "a"),
+    "device 'tpu7' is unknown": ("generate", "{any}", "--device", "tpu7", "--prompt", "a"),
     "the prompt is empty": ("generate", "{any}", "--precision", "2", "--prompt", ""),
     "is not quantized": ("generate", "{float}", "--prompt", "a"),
     "neither a model folder": ("generate", "{out}/none", "--prompt", "a"),

@@ -161,6 +161,11 @@ class PlaneLinear(PlaneModule):
                 self._pages.give_back()
         return self._backend
 
+    @property
+    def prepared(self) -> Any:
+        """The weight as its backend has it, None before the first product; another object once it was made anew."""
+        return self._prepared
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return `[..., N]` in x's dtype for x `[..., K]`."""
         backend = self._backend or self.prepare(x.device)

@@ -26,6 +26,10 @@ def generate(
     ] = None,
     draft_tokens: Annotated[int | None, typer.Option(help="Tokens of a draft. Default: as many as pay.")] = None,
     schedule: Annotated[str | None, typer.Option(help="Bits that change: split:8,4, length:4,3@64, …")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    static_cache: Annotated[
+        bool | None, typer.Option(help="Decode in a cache of fixed size: CUDA graphs on a GPU. Default: on a GPU.")
+    ] = None,
 ) -> None:
     """Continue a prompt at one precision; only the planes of that precision are read from disk.
 
@@ -33,11 +37,16 @@ def generate(
     """
     from anybits import terminal
     from anybits.decode.statistics import Statistics
+    from anybits.integrations import static_decode
     from anybits.integrations import transformers as hf
 
-    loaded, tokenizer = hf.load_model(model, max_precision=precision), hf.load_tokenizer(model)
+    chosen = hf.chosen_device(device)
+    loaded, tokenizer = hf.load_model(model, max_precision=precision).to(chosen), hf.load_tokenizer(model)
+    if static_cache is None and (static_cache := chosen != "cpu") and (reason := static_decode.refusal(loaded)):
+        typer.echo(f"no CUDA graphs: {reason}", err=True)
+        static_cache = False
     passes: dict[str, Any] = {"draft_precision": draft_precision, "draft_tokens": draft_tokens, "schedule": schedule}
-    passes |= {"precision": precision, "statistics": (statistics := Statistics())}
+    passes |= {"precision": precision, "statistics": (statistics := Statistics()), "static_cache": static_cache}
     hf.generate_text(loaded, tokenizer, prompt, max_new_tokens, temperature, seed, stream=True, **passes)
     if statistics.tokens:
         typer.echo(terminal.passes_line(statistics), err=True)

@@ -18,6 +18,7 @@ from anybits.decode.statistics import Statistics
 from anybits.errors import AnybitsError
 from anybits.integrations import transformers as hf
 from anybits.integrations.row_invariance import row_invariant, verifying
+from anybits.integrations.static_decode import Decoders, StaticDecoder
 from anybits.precision import ModelPrecision, Precision, active
 from anybits.precision import precision as scoped
 
@@ -27,7 +28,7 @@ class Plan:
     """What to do instead of one pass a token at one precision: drafts at `draft`, or a schedule.
 
     length: how many tokens to draft, kept from call to call as it learns; streamer: given here because transformers
-    shows it the prompt but does not hand it on.
+    shows it the prompt but does not hand it on; decoders: for decoding in a static cache, None for one that grows.
     """
 
     precision: Precision
@@ -36,6 +37,7 @@ class Plan:
     length: DraftLength = field(default_factory=AdaptiveLength)
     statistics: Statistics = field(default_factory=Statistics)
     streamer: Any = None
+    decoders: Decoders | None = None
 
     def __call__(
         self,
@@ -51,6 +53,8 @@ class Plan:
         processors = logits_processor if len(logits_processor) else None
         choice = Choice(generation_config.do_sample, processors)
         stepper = ModelStepper(model, model_kwargs["past_key_values"])
+        if self.decoders is not None:
+            stepper = StaticStepper(model, stepper.cache, self.decoders, generation_config.max_length)
         tokens = input_ids[0].tolist()
         schedule = self.schedule or Split(self.precision, self.precision)
         logits = stepper.prefill(input_ids, schedule.prefill())
@@ -117,6 +121,34 @@ class ModelStepper:
         self.drop(max(0, self.cache.get_seq_length() - length))
 
 
+class StaticStepper(ModelStepper):
+    """The same in a static cache: the prompt runs in the cache that grows, which is then copied."""
+
+    def __init__(self, model: Any, cache: Any, decoders: Decoders, positions: int) -> None:
+        super().__init__(model, cache)
+        self._decoders, self._positions = decoders, positions
+        self._decoder: StaticDecoder | None = None
+
+    def prefill(self, input_ids: torch.Tensor, precision: Precision) -> torch.Tensor:
+        """Run what the cache does not hold yet and return float32 logits `[V]` of the last position."""
+        logits = super().prefill(input_ids, precision)
+        self._decoder, self.cache = self._decoders.take(self.model, self.cache, self._positions), None
+        return logits
+
+    def forward(self, tokens: list[int], precision: Precision) -> torch.Tensor:
+        """Append `tokens` to the cache at `precision` and return float32 logits `[len(tokens), V]`."""
+        assert self._decoder is not None
+        return self._decoder.forward(torch.tensor([tokens], device=self.model.device), precision)[0]
+
+    def drop(self, count: int) -> None:
+        """Forget the last `count` positions of the cache."""
+        assert self._decoder is not None
+        self._decoder.drop(count)
+
+    def shorten(self, length: int) -> None:
+        """Do nothing: the cache ends with the generation."""
+
+
 class _Emitted:
     """The text so far: streams new tokens and asks the stopping criteria after each."""
 
@@ -144,11 +176,12 @@ def plan(
     draft_tokens: int | None,
     schedule: Schedule | str | None,
     statistics: Statistics | None,
+    decoders: Decoders | None = None,
 ) -> Plan:
     """Return the `custom_generate` that was asked for, or raise AnybitsError for what cannot be.
 
     default: what the model runs at outside scopes, and can run at; precision: None for the active one;
-    lengths: (precision, draft precision) -> what was learned in earlier calls.
+    lengths: (precision, draft precision) -> what was learned in earlier calls; decoders: None for a cache that grows.
     """
     draft_precision = None if draft_precision is None else hf.checked(draft_precision, default)
     schedule = parse_schedule(schedule) if isinstance(schedule, str) else schedule
@@ -167,7 +200,8 @@ def plan(
         raise AnybitsError("drafts need one precision for the sequence, not one for each row")
     if draft_precision is not None and draft_precision == precision:
         raise AnybitsError(f"draft precision {draft_precision} is the precision itself: give a lower one")
-    made = Plan(precision, draft_precision, schedule, statistics=Statistics() if statistics is None else statistics)
+    counts = Statistics() if statistics is None else statistics
+    made = Plan(precision, draft_precision, schedule, statistics=counts, decoders=decoders)
     if draft_tokens is not None:
         made.length = FixedLength(draft_tokens)
     elif draft_precision is not None:

@@ -19,7 +19,13 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer  # noqa: F401
+from transformers.cache_utils import (  # noqa: F401
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa_attention  # noqa: F401
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -146,6 +152,14 @@ def attach_precision(model: PreTrainedModel, default: ModelPrecision) -> None:
         default.value = checked(value, default)
 
     lengths: dict[tuple[Single, Single], DraftLength] = {}
+    static: list[Any] = []
+
+    def decoders() -> Any:
+        from anybits.integrations.static_decode import Decoders
+
+        if not static:
+            static.append(Decoders(default))
+        return static[0]
 
     def generate(
         self: PreTrainedModel,
@@ -155,20 +169,28 @@ def attach_precision(model: PreTrainedModel, default: ModelPrecision) -> None:
         draft_tokens: int | None = None,
         schedule: Schedule | str | None = None,
         statistics: Statistics | None = None,
+        static_cache: bool = False,
         **kwargs: Any,
     ) -> Any:
         """`GenerationMixin.generate` at `precision`: one precision or profile, or a list with one per sequence.
 
         draft_precision: draft there and verify at `precision`, with the same tokens when greedy and the same
         distribution when sampling; draft_tokens: how many a round, None for as many as pay. schedule: a Schedule or
-        its text, in place of one precision. statistics: filled with what drafts or a schedule did.
+        its text, in place of one precision. statistics: filled with what drafts or a schedule did. static_cache:
+        decode in a cache of fixed size; on an NVIDIA GPU every step is then one captured CUDA graph, the same for
+        all precisions, kept for later calls of like length. No cache is returned then.
         """
         if draft_precision is not None or schedule is not None or draft_tokens is not None:
             from anybits.integrations.generation import plan
 
-            passes = plan(default, lengths, precision, draft_precision, draft_tokens, schedule, statistics)
+            room = decoders() if static_cache else None
+            passes = plan(default, lengths, precision, draft_precision, draft_tokens, schedule, statistics, room)
             passes.streamer = kwargs.get("streamer")
             return type(self).generate(self, *args, custom_generate=passes, **kwargs)
+        if static_cache:
+            from anybits.integrations.static_decode.generation import StaticPlan
+
+            kwargs["custom_generate"] = StaticPlan(default, decoders(), kwargs.get("streamer"))
         scope = contextlib.nullcontext() if precision is None else scoped(checked(precision, default))
         with scope:
             return type(self).generate(self, *args, **kwargs)
@@ -216,6 +238,19 @@ def load_model(path: str | Path, max_precision: Single | None = None, **kwargs: 
         config.quantization_config["max_precision"] = max_precision
     with quiet_transformers():
         return AutoModelForCausalLM.from_pretrained(path, config=config, **kwargs)
+
+
+def chosen_device(asked: str) -> str:
+    """Return the device that `asked` means: auto is the GPU where there is one. AnybitsError when it is not here."""
+    if asked == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(asked).type
+    except RuntimeError:
+        raise AnybitsError(f"device '{asked}' is unknown: choose auto, cpu or cuda") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise AnybitsError("no NVIDIA GPU was found: choose --device cpu")
+    return asked
 
 
 def load_float_model(path: str, **kwargs: Any) -> PreTrainedModel:

@@ -71,7 +71,7 @@ def run(options: Options, started: Callable[[str], None]) -> None:
             options.prefix_reuse,
         ),
         DTYPES[options.dtype],
-        _device(options.device),
+        hf.chosen_device(options.device),
     )
     # A full queue delays a newcomer by about half a batch: an accepted request takes less than twice its own time.
     max_queue = (options.max_batch + 1) // 2 if options.max_queue is None else options.max_queue
@@ -114,9 +114,3 @@ def _default_draft(asked: str | None, default: Single | None, stored: StoredConf
     if precision_order(draft) >= precision_order(highest):
         raise AnybitsError(f"draft precision {draft} is not lower than the precision {highest}: give a lower one")
     return draft
-
-
-def _device(asked: str) -> str:
-    if asked != "auto":
-        return asked
-    return "cuda" if torch.cuda.is_available() else "cpu"
