@@ -1,6 +1,6 @@
 """One command for a machine with an NVIDIA GPU: check, time, sweep rows and tunings; a short table comes last.
 
-    python benchmarks/gpu.py --out gpu.jsonl [--stages check rates time rows mixed tune] [--minutes 9]
+    python benchmarks/gpu.py --out gpu.jsonl [--stages check time e2e rates rows mixed tune] [--minutes 9]
 
 Every result is one JSON line in --out. A line that is there already is not measured again, so a stopped run goes on
 where it was. Needs torch for CUDA and cuda-bindings; anybits may be imported from src/ beside this folder.
@@ -16,20 +16,22 @@ import struct
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "src"))
 
 import torch
 
+from anybits.errors import AnybitsError
+from anybits.evaluate import end_to_end_cuda
 from anybits.evaluate import kernels_cuda as timing
 from anybits.evaluate.kernels import SHAPES, random_weight
 from anybits.kernels.cuda import backend as cuda
 from anybits.kernels.cuda import plan, toolchain
 from anybits.weight import PlaneWeight
 
-STAGES = ("check", "rates", "time", "rows", "mixed", "tune")
+STAGES = ("check", "time", "e2e", "rates", "rows", "mixed", "tune")
 METHODS = ("anybcq", "any-precision")
 TUNED_SHAPES = ((4096, 14336), (8192, 28672))
 TUNINGS = [
@@ -84,10 +86,14 @@ class Weights:
     def __init__(self) -> None:
         self._key: tuple | None = None
 
+    def forget(self) -> None:
+        """Let the memory go."""
+        self._key, self._kept = None, None
+        torch.cuda.empty_cache()
+
     def get(self, shape: tuple[int, int], method: str, precisions: tuple[int, ...]) -> tuple[PlaneWeight, list]:
         if self._key != (shape, method, precisions):
-            self._key, self._kept = None, None
-            torch.cuda.empty_cache()
+            self.forget()
             weight = random_weight(shape, method, precisions).to("cuda")
             self._kept = weight, timing.rotating(cuda.prepare(weight), weight.weight_bytes(precisions[0]))
             self._key = (shape, method, precisions)
@@ -254,6 +260,29 @@ def tune(run: Run, weights: Weights) -> None:
             run.add(stage="tune", shape=shape, precision=p, tuning=name, us=us, plane_share=round(share, 3))
 
 
+def end_to_end(run: Run, weights: Weights) -> None:
+    """Whole decode steps of an 8B model of random weights, beside the same model in bf16, all captured."""
+    weights.forget()
+    precisions = (2, 3, 4)
+    for method in METHODS:
+        key = {"stage": "e2e", "model": "llama-3.1-8b", "method": method, "context": 512}
+        last = {"precision": 0, "graph": "shared"}  # the line that is written last
+        if run.have(**key, **last) or run.late():
+            continue
+        steps = end_to_end_cuda.bench_decoding_cuda(
+            key["model"], ",".join(map(str, precisions)), (512,), method, facts={}, bandwidth=run.bandwidth
+        )
+        try:
+            found = [asdict(step) for step in steps]
+        except AnybitsError as error:
+            print("WRONG", key, error, flush=True)
+            run.add(**key, error=str(error), ok=False)
+            continue
+        for line in found:
+            run.add(stage="e2e", **line)
+        torch.cuda.empty_cache()
+
+
 def table(run: Run) -> None:
     """Print what matters, last."""
     checks = [line for line in run.lines if line["stage"] == "check"]
@@ -271,6 +300,12 @@ def table(run: Run) -> None:
     for line in run.lines:
         if line["stage"] == "rates":
             print(f"rate {line['name']:12s} {line['tera_multiply_adds']:7.0f} tera multiply-adds a second")
+        if line["stage"] == "e2e" and "ms" in line:
+            name = {16: "bf16", 0: "switching"}.get(line["precision"], f"{line['precision']} bits")
+            print(
+                f"e2e {line['model']} {line['method']:13s} {name:9s} graph {line['graph']:6s} {line['ms']:8.3f} ms "
+                f"{line['tokens_per_s']:7.1f} tokens/s {line['speedup_vs_bf16']:5.2f}x bf16"
+            )
         if line["stage"] == "mixed":
             print(f"mixed {line['method']:13s} m {line['m']:3d} {line['us']:8.2f} us = {line['ratio']:.2f} of highest")
     tuned = [line for line in run.lines if line["stage"] == "tune" and line["us"]]
@@ -297,6 +332,7 @@ def main() -> None:
         "rates": lambda: rates(run, weights),
         "time": lambda: timed(run, weights, "time", large, (1,), (2, 3, 4)),
         "rows": lambda: timed(run, weights, "rows", TUNED_SHAPES, (2, 4, 8, 16, 32, 64, 128), (2, 4)),
+        "e2e": lambda: end_to_end(run, weights),
         "mixed": lambda: mixed(run, weights),
         "tune": lambda: tune(run, weights),
     }

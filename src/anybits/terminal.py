@@ -222,11 +222,14 @@ def passes_line(statistics: Statistics) -> str:
 
 def decode_line(timing: DecodeTiming) -> str:
     """Return one line about one timed decode step."""
-    name = "bf16" if timing.precision == 16 else f"{timing.method} {timing.precision} bits"
+    name = {16: "bf16", 0: f"{timing.method} switching"}.get(
+        timing.precision, f"{timing.method} {timing.precision} bits"
+    )
     layers = f"{timing.layers} layers"
     if timing.distinct_layers < timing.layers:
         layers += f", {timing.distinct_layers} of them distinct"
     head = ", head quantized" if timing.quantized_head and timing.precision != 16 else ""
+    head += ", a graph of its own" if getattr(timing, "graph", "") == "own" else ""
     return (
         f"{timing.model}  {name:20s} context {timing.context:6d}  {timing.ms:8.1f} ms  "
         f"{timing.tokens_per_s:7.2f} tokens/s  {timing.gb_per_s:6.1f} GB/s  "

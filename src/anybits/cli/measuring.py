@@ -152,10 +152,11 @@ def bench(
     from anybits.evaluate.kernels import bench_on
 
     if e2e:
-        from anybits.evaluate.end_to_end import bench_decoding
+        from anybits.evaluate.end_to_end import decoding_on
 
         method, positions = methods.split(",")[0], terminal.whole_numbers(context, "context")
-        for step in bench_decoding(shapes, precisions, positions, method, rounds, quantize_lm_head, layers, json_):
+        timed = decoding_on(device)(shapes, precisions, positions, method, rounds, quantize_lm_head, layers, json_)
+        for step in timed:
             console.print(terminal.decode_line(step), highlight=False, soft_wrap=True)
         return
     counts = terminal.whole_numbers(rows, "rows")

@@ -6,7 +6,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -76,19 +76,10 @@ def bench_decoding(
     distinct: layers with weights of their own, None for as many as memory holds. Each round times one step of
     bf16 and of every precision. Raises AnybitsError when a kernel's result is wrong: then nothing is timed.
     """
-    wanted = parse_precisions(precisions)
-    if model not in MODELS:
-        raise AnybitsError(f"shapes '{model}' have no end-to-end timing: choose {' or '.join(MODELS)}")
-    if method not in TIMED:
-        raise AnybitsError(f"method '{method}' is unknown: choose {' or '.join(TIMED)}")
-    if not contexts or min(contexts) < 1 or rounds < 1:
-        raise AnybitsError(f"contexts {list(contexts)} and rounds {rounds} must be at least 1")
-    sizes = MODELS[model]
-    layers = sizes["num_hidden_layers"]
-    own = min(layers, distinct or _layers_that_fit(sizes, wanted))
-    lines = []
+    wanted, own = checked(model, precisions, contexts, method, rounds, distinct, available_memory())
+    layers, lines = MODELS[model]["num_hidden_layers"], []
     with torch.inference_mode():
-        dense, planes = _models(sizes, own, method, wanted, quantize_head)
+        dense, planes = random_models(MODELS[model], own, method, wanted, quantize_head)
         for context in contexts:
             seconds = _time(dense, planes, wanted, context, rounds)
             for p, taken in seconds.items():
@@ -103,15 +94,47 @@ def bench_decoding(
         json_file.write_text("\n".join(lines) + "\n")
 
 
-def _layers_that_fit(sizes: dict[str, Any], precisions: Sequence[int]) -> int:
-    """Return how many layers of both models, planes twice (stored and repacked), fit into the available memory."""
+def decoding_on(device: str) -> Callable[..., Iterator[DecodeTiming]]:
+    """Return the benchmark of `device`, "cpu" or "cuda", raising AnybitsError for another."""
+    if device == "cuda":
+        from anybits.evaluate.end_to_end_cuda import bench_decoding_cuda
+
+        return bench_decoding_cuda
+    if device != "cpu":
+        raise AnybitsError(f"device '{device}' is unknown: choose cpu or cuda")
+    return bench_decoding
+
+
+def checked(
+    model: str,
+    precisions: str,
+    contexts: Sequence[int],
+    method: str,
+    rounds: int,
+    distinct: int | None,
+    memory: int,
+) -> tuple[tuple[int, ...], int]:
+    """Return precisions and distinct layers, as many as fit into bytes of `memory`; AnybitsError for what cannot be."""
+    wanted = parse_precisions(precisions)
+    if model not in MODELS:
+        raise AnybitsError(f"shapes '{model}' have no end-to-end timing: choose {' or '.join(MODELS)}")
+    if method not in TIMED:
+        raise AnybitsError(f"method '{method}' is unknown: choose {' or '.join(TIMED)}")
+    if not contexts or min(contexts) < 1 or rounds < 1:
+        raise AnybitsError(f"contexts {list(contexts)} and rounds {rounds} must be at least 1")
+    sizes = MODELS[model]
+    return wanted, min(sizes["num_hidden_layers"], distinct or _layers_that_fit(sizes, wanted, memory))
+
+
+def _layers_that_fit(sizes: dict[str, Any], precisions: Sequence[int], memory: int) -> int:
+    """Return how many layers of both models, planes twice (stored and repacked), fit into bytes of `memory`."""
     hidden, middle = sizes["hidden_size"], sizes["intermediate_size"]
     kv = sizes["num_key_value_heads"] * hidden // sizes["num_attention_heads"]
     weights = 2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * middle
     levels = sum(p + 1 for p in precisions) * 16 / _GROUP
     layer = weights * (2 + 2 * (precisions[-1] + levels) / 8)
     rest = 3 * 2 * sizes["vocab_size"] * hidden
-    fit = int((USABLE_MEMORY * available_memory() - rest) / layer)
+    fit = int((USABLE_MEMORY * memory - rest) / layer)
     if fit < 1:
         raise AnybitsError(f"one layer and the head take {(layer + rest) / 1e9:.1f} GB: more than memory has left")
     return fit
@@ -126,24 +149,24 @@ def available_memory() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def _models(
-    sizes: dict[str, Any], own: int, method: str, precisions: Sequence[int], quantize_head: bool
+def random_models(
+    sizes: dict[str, Any], own: int, method: str, precisions: Sequence[int], quantize_head: bool, device: str = "cpu"
 ) -> tuple[Any, Any]:
     """Return the bf16 model and the one of planes; what is not quantized they share."""
     dense = random_model.llama(sizes, own)
     planes = random_model.llama(sizes, own)
-    random_model.fill(dense)
+    random_model.fill(dense, device)
     planes.model.embed_tokens, planes.lm_head = dense.model.embed_tokens, dense.lm_head
-    put_random_planes(planes, method, precisions)
+    put_random_planes(planes, method, precisions, device)
     if quantize_head:
-        planes.lm_head = _random_linear(dense.lm_head, method, precisions)
-    random_model.fill(planes)
+        planes.lm_head = _random_linear(dense.lm_head, method, precisions, device)
+    random_model.fill(planes, device)
     for model in (dense, planes):
         random_model.repeat_layers(model, sizes["num_hidden_layers"])
     return dense, planes
 
 
-def put_random_planes(model: Any, method: str, precisions: Sequence[int]) -> int:
+def put_random_planes(model: Any, method: str, precisions: Sequence[int], device: str = "cpu") -> int:
     """Replace the linear layers of a Llama's blocks by random planes; return the number of their weights.
 
     Every shape's kernels are checked once; raises AnybitsError when they are wrong.
@@ -153,24 +176,24 @@ def put_random_planes(model: Any, method: str, precisions: Sequence[int]) -> int
         for parent in (layer.self_attn, layer.mlp):
             for name, module in list(parent.named_children()):
                 if isinstance(module, nn.Linear):
-                    setattr(parent, name, _random_linear(module, method, precisions))
+                    setattr(parent, name, _random_linear(module, method, precisions, device))
                     weights += module.out_features * module.in_features
     return weights
 
 
-_checked: set[tuple[int, int, str]] = set()
+_checked: set[tuple[int, int, str, str]] = set()
 
 
-def _random_linear(like: nn.Linear, method: str, precisions: Sequence[int]) -> PlaneLinear:
+def _random_linear(like: nn.Linear, method: str, precisions: Sequence[int], device: str) -> PlaneLinear:
     shape = (like.out_features, like.in_features)
-    weight = random_weight(shape, method, precisions, _GROUP)
-    if (*shape, method) not in _checked:
+    weight = random_weight(shape, method, precisions, _GROUP, device)
+    if (*shape, method, device) not in _checked:
         check_kernels(weight, method, precisions)
-        _checked.add((*shape, method))
+        _checked.add((*shape, method, device))
     group = None if method == "any-precision" else _GROUP
     made = PlaneLinear(shape[1], shape[0], group, ModelPrecision(precisions[-1]), dtype=torch.bfloat16)
     made.set_plane_weight(weight)
-    return made
+    return made.to(device)
 
 
 def _time(dense: Any, planes: Any, precisions: Sequence[int], context: int, rounds: int) -> dict[int, float]:

@@ -19,7 +19,7 @@ from anybits.errors import AnybitsError
 from anybits.kernels import backend as kernels
 from anybits.kernels import cpu
 from anybits.quantize.steps import in_steps
-from anybits.weight import AffineLevels, CodebookLevels, Levels, PlaneWeight, group_count
+from anybits.weight import AffineLevels, CodebookLevels, PlaneWeight, group_count
 
 SHAPES: dict[str, tuple[tuple[int, int], ...]] = {
     "llama-3.1-8b": ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)),
@@ -125,20 +125,19 @@ def bench_on(device: str) -> Callable[..., Iterator[KernelTiming]]:
     return bench_kernels
 
 
-def random_weight(shape: tuple[int, int], method: str, precisions: Sequence[int], group_size: int = 128) -> PlaneWeight:
+def random_weight(
+    shape: tuple[int, int], method: str, precisions: Sequence[int], group_size: int = 128, device: str = "cpu"
+) -> PlaneWeight:
     """Return random planes `[P, N, ceil(K/32)]` with levels for `precisions`; method: one of TIMED."""
     n, k = shape
-    planes = torch.randint(-(2**31), 2**31 - 1, (max(precisions), n, bits.words(k)), dtype=torch.int32)
-    levels: Levels
-    if method == "any-precision":
-        levels = CodebookLevels({p: torch.randn(n, 2**p).half() for p in precisions})
-    else:
+    with torch.device(device):
+        planes = torch.randint(-(2**31), 2**31 - 1, (max(precisions), n, bits.words(k)), dtype=torch.int32)
+        if method == "any-precision":
+            return PlaneWeight(planes, k, CodebookLevels({p: torch.randn(n, 2**p).half() for p in precisions}))
         groups = group_count(group_size, k)
         scales = {p: (torch.rand(p, n, groups) * 0.1).half() for p in precisions}
         levels = AffineLevels(group_size, scales, {p: (torch.randn(n, groups) * 0.05).half() for p in precisions})
-        if method == "anybcq-8bit":
-            levels = in_steps(levels)
-    return PlaneWeight(planes, k, levels)
+    return PlaneWeight(planes, k, in_steps(levels) if method == "anybcq-8bit" else levels)
 
 
 def read_bandwidth(memory: torch.Tensor) -> float:
@@ -182,20 +181,25 @@ def _time_shape(
 
 
 def check_kernels(weight: PlaneWeight, method: str, precisions: Sequence[int]) -> None:
-    """Raise AnybitsError when a product of one bfloat16 row with `weight` is wrong at any precision."""
-    for _ in _candidates(method, weight, torch.randn(1, weight.in_features).bfloat16(), precisions, 1):
+    """Raise AnybitsError when a product of one bfloat16 row with `weight`, on its device, is wrong at any precision."""
+    x = torch.randn(1, weight.in_features, device=weight.planes.device).bfloat16()
+    for _ in _candidates(method, weight, x, precisions, 1):
         pass
 
 
 def _candidates(
     method: str, weight: PlaneWeight, x: torch.Tensor, precisions: Sequence[int], count: int | None = None
 ) -> Iterator[_Candidate]:
-    """Yield what to time at each precision; count: copies to read in turn, None for as many as exceed the caches."""
+    """Yield what to time at each precision; count: copies to read in turn, None for as many as exceed the caches.
+
+    Products at a precision for each row, which decode steps on a GPU run, must be right as well.
+    """
     backend = kernels.choose(weight, x.device)
     count = count or copies_beyond_cache(weight.weight_bytes(precisions[-1]))
     copies = [backend.prepare(weight) for _ in range(count)]
     for p in precisions:
-        error = _error(backend.matmul(x, copies[0], p), x, weight, p)
+        rows = torch.full((x.shape[0],), p, dtype=torch.int32, device=x.device)
+        error = max(_error(backend.matmul(x, copies[0], q), x, weight, p) for q in (p, rows))
         if not error < _LARGEST_ERROR:
             raise AnybitsError(
                 f"backend {backend.name} is wrong by {error:.3g} at precision {p} of {method} for "

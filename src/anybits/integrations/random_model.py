@@ -39,23 +39,23 @@ def repeat_layers(model: hf.PreTrainedModel, total: int) -> None:
     model.model.layers = nn.ModuleList(layers)
 
 
-def fill(model: nn.Module) -> None:
+def fill(model: nn.Module, device: str = "cpu") -> None:
     """Give every parameter that is on the meta device values, and make decode steps as fast as a loaded model's.
 
     Buffers are computed from the config.
     """
-    noise = torch.randn(1 << 22).mul_(0.02).bfloat16()  # drawn once: timing does not depend on the values
+    noise = torch.randn(1 << 22, device=device).mul_(0.02).bfloat16()  # drawn once: timing does not depend on values
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
-                data = torch.empty(parameter.shape, dtype=parameter.dtype)
+                data = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
                 flat = data.view(-1)
                 for start in range(0, len(flat), len(noise)):
                     part = flat[start : start + len(noise)]
                     part.copy_(noise[: len(part)])
                 setattr(module, name, nn.Parameter(data, requires_grad=False))
     rotary = model.model.rotary_emb  # type: ignore[union-attr]
-    model.model.rotary_emb = type(rotary)(model.config)  # type: ignore[union-attr]
+    model.model.rotary_emb = type(rotary)(model.config).to(device)  # type: ignore[union-attr]
     use_decode_step(model)
 
 
@@ -65,5 +65,6 @@ def context_of(model: hf.PreTrainedModel, positions: int) -> Any:
     cache = hf.transformers.DynamicCache(config=config)
     shape = (1, config.num_key_value_heads, positions, config.head_dim)
     for layer in range(len(model.model.layers)):
-        cache.update(torch.randn(shape).bfloat16(), torch.randn(shape).bfloat16(), layer)
+        keys, values = (torch.randn(shape, device=model.device).bfloat16() for _ in range(2))
+        cache.update(keys, values, layer)
     return cache

@@ -43,7 +43,8 @@ class StaticDecoder:
 
     Padding stands at the left: first, int64 `[B]`, has each sequence's first position that is none. capture: None for
     CUDA graphs where there is a GPU. own_graphs: a graph of its own for every precision that is not given as a tensor,
-    captured when it is first used, in which the kernels know their precision; without, one graph serves all.
+    captured when it is first used, in which the kernels know their precision; without, one graph serves all. default:
+    the model's precisions, None for a model without planes.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class StaticDecoder:
     ) -> None:
         refuse(model)
         self.model, self.capacity, self.own_graphs = model, capacity, own_graphs
-        self._default = default
+        self.default = default
         self.cache, self._slots = build(prefilled, capacity)
         self.batch, self.device = prefilled.layers[0].keys.shape[0], prefilled.layers[0].keys.device
         self.capture = self.device.type == "cuda" if capture is None else capture
@@ -136,7 +137,7 @@ class StaticDecoder:
             inputs.written = precision
 
     def _code(self, precision: Any) -> int:
-        return int(precision) if self._default is None else int(self._default.codes([precision])[0])
+        return int(precision) if self.default is None else int(self.default.codes([precision])[0])
 
     def _step_of(self, rows: int, own: Precision | None) -> Callable[[], torch.Tensor]:
         """Return what runs a step: its captured graph, or where nothing is captured the step itself."""
