@@ -1,6 +1,6 @@
-"""One command for a machine with an NVIDIA GPU: check, time, sweep rows and tunings; a short table comes last.
+"""One command for a machine with an NVIDIA GPU: check, time, decode, sweep; a table, gpu.md and gpu.png come last.
 
-    python benchmarks/gpu.py --out gpu.jsonl [--stages check time e2e rates rows mixed tune] [--minutes 9]
+    python benchmarks/gpu.py --out gpu.jsonl [--stages check time e2e together rivals ...] [--minutes 9]
 
 Every result is one JSON line in --out. A line that is there already is not measured again, so a stopped run goes on
 where it was. Needs torch for CUDA and cuda-bindings; anybits may be imported from src/ beside this folder.
@@ -21,7 +21,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "src"))
 
+import gpu_report
+import gpu_rivals
 import torch
+from common import about_run
 
 from anybits.errors import AnybitsError
 from anybits.evaluate import end_to_end_cuda
@@ -31,7 +34,7 @@ from anybits.kernels.cuda import backend as cuda
 from anybits.kernels.cuda import plan, toolchain
 from anybits.weight import PlaneWeight
 
-STAGES = ("check", "time", "e2e", "rates", "rows", "mixed", "tune")
+STAGES = ("check", "time", "e2e", "together", "rivals", "rates", "rows", "mixed", "tune")
 METHODS = ("anybcq", "any-precision")
 TUNED_SHAPES = ((4096, 14336), (8192, 28672))
 TUNINGS = [
@@ -45,8 +48,11 @@ class Run:
 
     def __init__(self, out: Path, minutes: float) -> None:
         self.out, self.end = out, time.monotonic() + 60 * minutes
-        self.lines = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-        self.facts = timing.environment()
+        self.lines = gpu_report.read(out) if out.exists() else []
+        if out.exists() and not out.read_text().endswith("\n"):  # half a line of a run that was stopped
+            out.write_text(out.read_text() + "\n")
+        run = about_run()
+        self.facts = timing.environment() | {key: run[key] for key in ("date", "anybits", "threads")}
         self.bandwidth = timing.copy_bandwidth()
 
     def have(self, **key: object) -> dict | None:
@@ -260,6 +266,41 @@ def tune(run: Run, weights: Weights) -> None:
             run.add(stage="tune", shape=shape, precision=p, tuning=name, us=us, plane_share=round(share, 3))
 
 
+GROUPS = {"query, key, value": ((4096, 4096), (1024, 4096), (1024, 4096)), "gate, up": ((14336, 4096), (14336, 4096))}
+
+
+def together(run: Run, weights: Weights) -> None:
+    """Weights that share x in one launch against a launch each, at one precision and at one for each row."""
+    weights.forget()
+    backend = cuda.CudaBackend()
+    for (name, shapes), method in itertools.product(GROUPS.items(), METHODS):
+        wanted = [(m, p) for m in (1, 4, 16) for p in (2, 4, 0)]
+        keys = [{"stage": "together", "name": name, "method": method, "m": m, "precision": p} for m, p in wanted]
+        if run.late() or all(run.have(**key) for key in keys):
+            continue
+        made = [random_weight(shape, method, (2, 3, 4), device="cuda") for shape in shapes]
+        least = sum(weight.weight_bytes(2) for weight in made)
+        copies = list(zip(*(timing.rotating(cuda.prepare(weight), least) for weight in made), strict=True))
+        for key, (m, p) in zip(keys, wanted, strict=True):
+            if run.have(**key) or run.late():
+                continue
+            x = torch.randn(m, shapes[0][1], dtype=torch.bfloat16, device="cuda")
+            at = p or torch.tensor([2 + i % 3 for i in range(m)], dtype=torch.int32, device="cuda")
+            apart = [backend.matmul(x, one, at) for one in copies[0]]
+            same = all(torch.equal(a, b) for a, b in zip(backend.products(x, copies[0], at), apart, strict=True))
+            if not same:
+                print("WRONG", key, flush=True)
+            one, each = together_and_apart(copies, x, at)
+            run.add(**key, us=one * 1e6, apart_us=each * 1e6, ratio=round(one / each, 3), same_bits=same)
+
+
+def together_and_apart(copies: list, x: torch.Tensor, at: int | torch.Tensor) -> tuple[float, float]:
+    backend = cuda.CudaBackend()
+    one = timing.graph_seconds(lambda i: backend.products(x, copies[i], at), len(copies), 5)
+    each = timing.graph_seconds(lambda i: [backend.matmul(x, weight, at) for weight in copies[i]], len(copies), 5)
+    return one, each
+
+
 def end_to_end(run: Run, weights: Weights) -> None:
     """Whole decode steps of an 8B model of random weights, beside the same model in bf16, all captured."""
     weights.forget()
@@ -283,35 +324,30 @@ def end_to_end(run: Run, weights: Weights) -> None:
         torch.cuda.empty_cache()
 
 
-def table(run: Run) -> None:
-    """Print what matters, last."""
-    checks = [line for line in run.lines if line["stage"] == "check"]
-    print(f"\n{run.facts['device']}, driver {run.facts['driver']}, copy {run.bandwidth / 1e9:.0f} GB/s")
-    print(f"check: {sum(line['ok'] for line in checks)} of {len(checks)} right and the same ten times")
-    for stage in ("time", "rows"):
-        for line in run.lines:
-            if line["stage"] == stage:
-                n, k = line["shape"]
-                print(
-                    f"{stage} {n:5d}x{k:<5d} {line['method']:13s} m {line['m']:3d} p {line['precision']} "
-                    f"{line['us']:8.2f} us {100 * line['bandwidth_share']:4.0f} % {line['speedup_vs_bf16']:5.2f}x bf16"
-                    + (f"  dense path {line['dense_path_us']:8.2f} us" if "dense_path_us" in line else "")
-                )
-    for line in run.lines:
-        if line["stage"] == "rates":
-            print(f"rate {line['name']:12s} {line['tera_multiply_adds']:7.0f} tera multiply-adds a second")
-        if line["stage"] == "e2e" and "ms" in line:
-            name = {16: "bf16", 0: "switching"}.get(line["precision"], f"{line['precision']} bits")
-            print(
-                f"e2e {line['model']} {line['method']:13s} {name:9s} graph {line['graph']:6s} {line['ms']:8.3f} ms "
-                f"{line['tokens_per_s']:7.1f} tokens/s {line['speedup_vs_bf16']:5.2f}x bf16"
-            )
-        if line["stage"] == "mixed":
-            print(f"mixed {line['method']:13s} m {line['m']:3d} {line['us']:8.2f} us = {line['ratio']:.2f} of highest")
-    tuned = [line for line in run.lines if line["stage"] == "tune" and line["us"]]
-    for key, group in itertools.groupby(tuned, lambda line: (line["shape"], line["precision"])):
-        for line in sorted(group, key=lambda line: line["us"])[:3]:
-            print(f"tune {key[0]} p {key[1]} {line['us']:8.2f} us {100 * line['plane_share']:3.0f} % {line['tuning']}")
+def rivals(run: Run, weights: Weights) -> None:
+    """The papers' own kernels and ours on fp16 rows, the launches of each queued behind a pause."""
+    for rival in gpu_rivals.RIVALS:
+        module = rival.found()
+        if isinstance(module, str):
+            print(module, flush=True)
+            continue
+        for shape, p in itertools.product(SHAPES["llama-3.1-8b"] + SHAPES["llama-3.3-70b"], (2, 3, 4)):
+            for m in (m for m in (1, 4, 8) if m <= rival.most_rows):
+                key = {"stage": "rivals", "name": rival.name, "shape": shape, "m": m, "precision": p}
+                if run.have(**key) or run.late():
+                    continue
+                weight, copies = weights.get(shape, rival.method, (2, 3, 4))
+                count = min(len(copies), gpu_rivals.MOST_CALLS // 2)
+                line = gpu_rivals.time_rival(rival, module, weight, m, p, count, gpu_rivals.queued_seconds)
+                ours = queued_ours(copies, m, p, count)
+                line |= {"our_us": ours * 1e6, "our_gain": line["us"] and round(line["us"] / ours / 1e6, 3)}
+                run.add(**key, **line)
+
+
+def queued_ours(copies: list, m: int, p: int, count: int) -> float:
+    x = torch.randn(m, copies[0].shape.in_features, dtype=torch.float16, device="cuda")
+    backend = cuda.CudaBackend()
+    return gpu_rivals.queued_seconds(lambda i: backend.matmul(x, copies[i], p), count)
 
 
 def main() -> None:
@@ -333,6 +369,8 @@ def main() -> None:
         "time": lambda: timed(run, weights, "time", large, (1,), (2, 3, 4)),
         "rows": lambda: timed(run, weights, "rows", TUNED_SHAPES, (2, 4, 8, 16, 32, 64, 128), (2, 4)),
         "e2e": lambda: end_to_end(run, weights),
+        "together": lambda: together(run, weights),
+        "rivals": lambda: rivals(run, weights),
         "mixed": lambda: mixed(run, weights),
         "tune": lambda: tune(run, weights),
     }
@@ -341,7 +379,8 @@ def main() -> None:
             began = time.monotonic()
             stages[name]()
             print(f"stage {name}: {time.monotonic() - began:.0f} s", flush=True)
-    table(run)
+    print("\n" + gpu_report.text_table(run.lines))
+    gpu_report.write(run.lines, arguments.out.parent)
 
 
 if __name__ == "__main__":

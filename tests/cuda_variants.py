@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product as product_of
 
 from anybits.kernels.cuda.layout import Shape
-from anybits.kernels.cuda.plan import Device, Kernel, Tuning, dequantization, product
+from anybits.kernels.cuda.plan import Device, Kernel, Tuning, dequantization, product, together
 
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """sm_NN -> KiB of shared memory that a block may have."""
@@ -30,6 +31,7 @@ def smallest(arch: int) -> Iterator[Kernel]:
     yield product(affine(), 4, 1, 2, gpu, Tuning(kernel="simple")).launch.kernel
     yield dequantization(affine(), 1, 2).kernel
     yield product(affine(), 1, 1, 2, gpu, default).reduction(affine(), 1, 1).kernel
+    yield together((affine(), affine(n=1024), affine(n=1024)), 1, 1, 2, gpu, default).launch.kernel
 
 
 def representative(arch: int) -> Iterator[Kernel]:
@@ -47,12 +49,25 @@ def representative(arch: int) -> Iterator[Kernel]:
     planned = product(affine(), 1, 1, 2, gpu, Tuning(splits=2))
     yield planned.launch.kernel
     yield planned.reduction(affine(), 1, 1).kernel
+    yield together((affine(32, 0),) * 4, 32, 0, 4, gpu, default).launch.kernel
+    yield together((affine(-1, 1, 2),) * 3, 16, 2, 0, gpu, default).launch.kernel
+    yield together((codebook(),) * 3, 16, 2, 0, gpu, default).launch.kernel
+
+
+def fused(arch: int) -> Iterator[Kernel]:
+    """One launch for weights that share x."""
+    gpu, default = Device(132, SHARED[arch] << 10), Tuning()
+    for rows, p, parts in product_of((1, 4, 16, 32), range(9), (2, 3)):
+        for group in (32, 128, -1) if p in (0, 2, 4) else (128,):
+            yield together((affine(group),) * parts, rows, 1, p, gpu, default).launch.kernel
+        if p != 1:
+            yield together((codebook(),) * parts, rows, 1, p, gpu, default).launch.kernel
 
 
 def every(arch: int) -> set[Kernel]:
     """All precisions, row counts and groups with bf16 x, and one precision with the other dtypes and tunings."""
     gpu, default = Device(132, SHARED[arch] << 10), Tuning()
-    kernels = set(representative(arch))
+    kernels = set(representative(arch)) | set(fused(arch))
     for rows in (1, 4, 8, 16, 32):
         for p in range(9):
             for group in (32, 64, 128, -1) if p in (0, 2, 4, 8) else (128,):

@@ -203,28 +203,45 @@ def test_wrong_tunings_are_named():
             plan.tuning_from_environment(text, kernel)
 
 
-@emulated
-def test_the_backend_launches_what_it_plans(emulator, monkeypatch):
-    """The torch side of the backend with the emulator in the driver's place: passes, slices, the dense path."""
-    alive = []
+@pytest.fixture
+def on_emulator(emulator, monkeypatch):
+    """The torch side of the backend with the emulator in the driver's place; what torch.empty gives begins as NaN.
+
+    A function of tensors that kernels may read: call it before a product; it returns the list of launches to come.
+    """
+    empty, read, written, launches = torch.empty, [], [], []
 
     def tensor(*args, **kwargs):
-        alive.append(empty(*args, **kwargs))
-        return alive[-1].fill_(torch.nan)
+        written.append(empty(*args, **kwargs))
+        return written[-1].fill_(torch.nan if written[-1].is_floating_point() else -1)
 
     def launch(_gpu, planned, arguments):
-        emulator.launch(planned, arguments, alive[:-1], alive[-1])
+        launches.append(planned)
+        emulator.launch(planned, arguments, read, written)
 
-    empty = torch.empty
+    def begin(*tensors):
+        read[:] = tensors
+        del written[:], launches[:]
+        return launches
+
     monkeypatch.setattr(backend, "_launch", launch)
     monkeypatch.setattr(backend, "_gpu", lambda index: backend._Gpu(0, 90, HOPPER))
+    monkeypatch.setattr(torch, "empty", tensor)
+    return begin
+
+
+def all_tensors(*weights):
+    return [t for w in weights for t in (w.planes, w.levels, w.walsh, w.row_scale)]
+
+
+@emulated
+def test_the_backend_launches_what_it_plans(on_emulator, monkeypatch):
+    """Passes, slices, the dense path."""
     weight = weight_of(20, 300, 128)
     prepared, x, rows = layout.prepare(weight), torch.randn(33, 300), torch.arange(33, dtype=torch.int32) % 8 + 1
-    keep = [x, rows, prepared.planes, prepared.levels, prepared.row_scale]
     product = backend.CudaBackend().matmul
-    monkeypatch.setattr(torch, "empty", tensor)
     for count, p, dense in ((18, rows[:18], False), (3, 2, True), (3, rows[:3], True)):
-        alive[:] = keep
+        on_emulator(x, rows, *all_tensors(prepared))
         if dense:
             monkeypatch.setattr(plan, "DENSE_ROWS", dict.fromkeys(range(1, 9), 1))
             monkeypatch.setattr(plan, "DENSE_ROWS_MIXED", 1)
@@ -233,3 +250,64 @@ def test_the_backend_launches_what_it_plans(emulator, monkeypatch):
         product(x, prepared, 9)
     with pytest.raises(AnybitsError, match=r"shape \[33, 200\] where \[M, 300\]"):
         product(x[:, :200], prepared, 2)
+
+
+# name: (rows of the weights, K, M, precision or 0 for mixed, group or None, dtype of x, GPU)
+TOGETHER = {
+    "query, key and value": ((70, 20, 37), 700, 1, 3, 128, BF16, HOPPER),
+    "gate and up, mixed": ((50, 33), 333, 5, 0, 32, F16, HOPPER),
+    "one precision for each row": ((16, 1, 40, 17), 520, 1, 0, 128, BF16, HOPPER),
+    "whole rows": ((40, 90), 300, 3, 4, -1, F32, HOPPER),
+    "short codebooks": ((37, 20, 20), 700, 1, 2, None, BF16, HOPPER),
+    "long codebooks": ((70, 33), 600, 9, 5, None, F16, HOPPER),
+    "mixed codebooks, sliced rows": ((37, 50), 333, 20, 0, None, F32, HOPPER),
+    "split columns": ((20, 50), 2900, 2, 2, 64, F32, SMALL),
+}
+TOGETHER_ALL = {
+    f"p {p} group {g} rows {m} parts {len(n)}": (n, 600, m, p, g, d, HOPPER)
+    for p in range(9)
+    for g in (32, 96, 128, 256, -1, None)
+    for m, d in ((1, BF16), (4, F16), (17, F32))
+    for n in ((33, 70), (16, 50, 17))
+    if not (p == 1 and g is None)
+}
+
+
+@emulated
+@pytest.mark.parametrize("case", TOGETHER | TOGETHER_ALL if ALL else TOGETHER)
+def test_one_launch_gives_the_bits_of_separate_ones(on_emulator, monkeypatch, case):
+    rows, k, m, p, group, dtype, gpu = (TOGETHER | TOGETHER_ALL)[case]
+    monkeypatch.setattr(backend, "_gpu", lambda index: backend._Gpu(0, 90, gpu))
+    precisions = PRECISIONS if group is not None else PRECISIONS[1:]
+    weights = [weight_of(n, k, group, precisions=precisions) for n in rows]
+    prepared, x = [layout.prepare(weight) for weight in weights], torch.randn(m, k).to(dtype)
+    wanted = p or torch.tensor([precisions[i % len(precisions)] for i in range(3, 3 + m)], dtype=torch.int32)
+    keep = [x, *([wanted] if not p else []), *all_tensors(*prepared)]
+    launches = on_emulator(*keep)
+    found = backend.CudaBackend().products(x, prepared, wanted)
+    multiplied = [launch for launch in launches if launch.kernel.entry == "multiply"]
+    assert all(dict(launch.kernel.macros)["PARTS"] == len(rows) for launch in multiplied)
+    passes = len(multiplied)
+    for weight, one, y in zip(weights, prepared, found, strict=True):
+        launches = on_emulator(*keep)
+        assert torch.equal(backend.CudaBackend().matmul(x, one, wanted), y)
+        assert passes == sum(launch.kernel.entry == "multiply" for launch in launches)
+        assert error(y, x, weight, wanted) < TOLERANCE[dtype]
+
+
+@emulated
+def test_weights_that_do_not_go_together_are_launched_one_by_one(on_emulator, monkeypatch):
+    weights = [layout.prepare(weight_of(20, 300, group)) for group in (128, 64)]
+    x = torch.randn(2, 300)
+    launches = on_emulator(x, *all_tensors(*weights))
+    found = backend.CudaBackend().products(x, weights, 2)
+    assert len(launches) == 2
+    assert torch.equal(found[1], backend.CudaBackend().matmul(x, weights[1], 2))
+    monkeypatch.setenv("ANYBITS_CUDA_KERNEL", "simple")
+    launches = on_emulator(x, *all_tensors(*weights))
+    backend.CudaBackend().products(x, [weights[0], weights[0]], 2)
+    assert [launch.kernel.source for launch in launches] == ["simple.cu"] * 2
+    with pytest.raises(AnybitsError, match=r"shape \[2, 200\] where \[M, 300\]"):
+        backend.CudaBackend().products(x[:, :200], weights, 2)
+    with pytest.raises(AnybitsError, match="2 to 4 weights that differ in their rows alone"):
+        plan.together(tuple(w.shape for w in weights), 1, 0, 2, HOPPER, plan.Tuning())

@@ -134,6 +134,18 @@ def test_graph_replay_takes_new_inputs_and_precisions(group):
         assert error(uniform, x, weight, 3) < TOLERANCE[F16]
 
 
+@pytest.mark.parametrize("group", [128, 32, -1, None])
+def test_one_launch_gives_the_bits_of_separate_ones(group):
+    weights = [weight_of(n, 2048, group) for n in (2048, 500, 33)]
+    prepared, backend = [cuda.prepare(weight) for weight in weights], cuda.CudaBackend()
+    for m in (1, 2, 4, 9, 16, 40):
+        x = torch.randn(m, 2048, device="cuda").bfloat16()
+        for p in (2, 3, 4, 8, mixed_rows(m, weights[0])):
+            for weight, one, y in zip(weights, prepared, backend.products(x, prepared, p), strict=True):
+                assert torch.equal(y, backend.matmul(x, one, p)), (m, p)
+                assert error(y, x, weight, p) < TOLERANCE[BF16]
+
+
 def test_capturing_an_unloaded_kernel_is_refused_in_a_sentence(monkeypatch):
     weight = weight_of(48, 512, 128)
     prepared, x = cuda.prepare(weight), torch.randn(1, 512, device="cuda").half()

@@ -7,8 +7,10 @@ import torch
 
 import anybits
 from anybits import AnybitsError
+from anybits.kernels import backend as kernels
 from anybits.kernels import step
-from anybits.linear import PlaneLinear, Siblings
+from anybits.kernels.reference import ReferenceBackend
+from anybits.linear import PlaneLinear, Siblings, products_together
 from anybits.precision import ModelPrecision
 from conftest import random_weight
 
@@ -83,3 +85,64 @@ def test_rows_of_their_own_precision_and_many_rows_go_the_other_way(layers: list
 def test_layers_of_different_widths_are_refused() -> None:
     with pytest.raises(AnybitsError, match="same number of columns"):
         Siblings([layer(8), layer(8, 96)])
+
+
+class Together(ReferenceBackend):
+    """The reference with the call that a GPU has: one for all weights."""
+
+    name = "together"
+
+    def __init__(self) -> None:
+        self.calls: list[int] = []
+
+    def products(self, x: torch.Tensor, weights: list, precision: int | torch.Tensor) -> list[torch.Tensor]:
+        self.calls.append(len(weights))
+        return [self.matmul(x, weight, precision) for weight in weights]
+
+    def matmul(self, x: torch.Tensor, prepared: object, precision: int | torch.Tensor) -> torch.Tensor:
+        return super().matmul(x, prepared, precision)
+
+
+@pytest.fixture
+def gpu_like(monkeypatch: pytest.MonkeyPatch) -> Together:
+    backend = Together()
+    monkeypatch.setattr(kernels, "_backends", [backend, *kernels.backends()])
+    monkeypatch.setenv("ANYBITS_BACKEND", "together")
+    return backend
+
+
+def test_on_a_gpu_one_call_serves_all_at_any_precisions(layers: list[PlaneLinear], gpu_like: Together) -> None:
+    x = torch.randn(3, 1, 64).bfloat16()
+    rows = torch.tensor([2, 3, 2], dtype=torch.int32)
+    for wanted in (2, 3, rows):
+        with anybits.precision(wanted):
+            apart = [one(x) for one in layers]
+            assert gpu_like.calls == []  # outside of a step that was checked, an x may have changed
+            with products_together():
+                found = [one(x) for one in layers]
+                other = layers[1](x.clone())
+        assert gpu_like.calls == [3, 3]
+        assert all(torch.equal(a, b) for a, b in zip(found, apart, strict=True))
+        assert torch.equal(other, apart[1])
+        gpu_like.calls.clear()
+    with anybits.precision(2), products_together():
+        layers[0](x)
+    with anybits.precision(3), products_together():
+        assert torch.equal(layers[1](x), apart_at(layers[1], x, 3))
+
+
+def apart_at(one: PlaneLinear, x: torch.Tensor, precision: int) -> torch.Tensor:
+    with anybits.precision(precision):
+        return one(x)
+
+
+def test_profiles_that_differ_are_multiplied_apart(layers: list[PlaneLinear], gpu_like: Together) -> None:
+    x = torch.randn(2, 64).bfloat16()
+    for one, p in zip(layers, (2, 3, 3), strict=True):
+        one.profiles = {"2.5": p}
+    for wanted, calls in (("2.5", []), (torch.tensor([16, 2], dtype=torch.int32), []), (3, [3])):
+        with anybits.precision(wanted):
+            apart = [one(x) for one in layers]
+            with products_together():
+                assert all(torch.equal(one(x), y) for one, y in zip(layers, apart, strict=True))
+        assert gpu_like.calls == calls

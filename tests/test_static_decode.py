@@ -14,6 +14,7 @@ from anybits.integrations.quantizing import quantize_model
 from anybits.integrations.static_decode import StaticDecoder
 from anybits.integrations.static_decode import cache as static
 from anybits.integrations.static_decode.generation import first_positions
+from anybits.kernels.reference import ReferenceBackend
 from anybits.precision import ModelPrecision
 from conftest import save_tiny, tiny_model
 
@@ -143,6 +144,37 @@ def test_own_graphs_are_made_for_each_precision_once(model: transformers.PreTrai
     found = torch.cat([decoder.forward(ids[:, 30 + i : 31 + i], p) for i, p in enumerate(wanted)], dim=1)
     torch.testing.assert_close(found, grown_steps(model, ids[:, :37], wanted), rtol=1e-4, atol=1e-4)
     assert set(decoder._graphs) == {(1, 2), (1, 3), (1, 4), (1, None)}
+
+
+@pytest.mark.parametrize("mutates", [False, True])
+def test_projections_share_launches_unless_the_model_changes_what_they_get(
+    llama: transformers.PreTrainedModel, monkeypatch: pytest.MonkeyPatch, mutates: bool
+) -> None:
+    calls = []
+
+    def products(self, x: torch.Tensor, weights: list, precision: torch.Tensor) -> list[torch.Tensor]:
+        calls.append(len(weights))
+        return [self.matmul(x, weight, precision) for weight in weights]
+
+    monkeypatch.setattr(ReferenceBackend, "products", products, raising=False)
+
+    def double(module: torch.nn.Module, args: tuple[torch.Tensor], y: torch.Tensor) -> None:
+        args[0].mul_(2)
+
+    changed = [layer.mlp.gate_proj for layer in llama.model.layers] if mutates else []
+    handles = [module.register_forward_hook(double) for module in changed]
+    try:
+        ids = prompt(2, 30)
+        logits = grown_steps(llama, ids, [2, 3])
+        calls.clear()
+        decoder = decoder_behind(llama, ids[:, :28], 64)
+        found = torch.cat([decoder.forward(ids[:, 28 + i : 29 + i], p) for i, p in enumerate((2, 3))], dim=1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-4)
+    assert decoder._together is not mutates
+    assert calls == [3, 2] * 2 * (1 if mutates else 3)  # the step that is compared, then both steps
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Self
 
 import torch
@@ -175,6 +177,10 @@ class PlaneLinear(PlaneModule):
             if type(backend) is cpu.CpuBackend and step.few_rows(x, self.in_features):
                 y = self._few_rows(x, wanted, backend)
                 return y if self.bias is None else y + self.bias
+        if self._siblings is not None and _together.get():
+            shared = self._siblings.shared(self, x, wanted, backend)
+            if shared is not None:
+                return shared if self.bias is None else shared + self.bias
         wanted = per_row(wanted, x.shape[:-1])
         y = backend.matmul(x.reshape(-1, self.in_features), self._prepared, wanted)
         if self.bias is not None:
@@ -188,6 +194,19 @@ class PlaneLinear(PlaneModule):
         return step.products(x, [self._prepared], [wanted], backend)[0]
 
 
+_together: ContextVar[bool] = ContextVar("anybits_products_together", default=False)
+
+
+@contextmanager
+def products_together(wanted: bool = True) -> Iterator[None]:
+    """Let siblings share launches on a GPU in the body, which must not change an x between them: nobody looks there."""
+    token = _together.set(wanted)
+    try:
+        yield
+    finally:
+        _together.reset(token)
+
+
 class Siblings:
     """Layers that get the same x one after another, as query, key and value: the first asked multiplies for all.
 
@@ -199,6 +218,7 @@ class Siblings:
             raise AnybitsError("layers that multiply one x together must have the same number of columns")
         self.layers = tuple(layers)
         self._kept: tuple[torch.Tensor, torch.Tensor, dict[PlaneLinear, tuple[int, torch.Tensor]]] | None = None
+        self._shared: tuple[torch.Tensor, int | torch.Tensor, dict[PlaneLinear, torch.Tensor]] | None = None
         for layer in layers:
             layer._siblings = self
 
@@ -224,9 +244,47 @@ class Siblings:
         self._kept = x, x.clone(), results
         return y
 
+    def shared(
+        self, asked: PlaneLinear, x: torch.Tensor, wanted: int | torch.Tensor, backend: kernels.Backend
+    ) -> torch.Tensor | None:
+        """Return `asked`'s product of x, without its bias, from one call of `backend` for all layers.
+
+        None where the backend has no such call, or where a profile gives the layers precisions of their own.
+        """
+        products = getattr(backend, "products", None)
+        if products is None:
+            return None
+        kept = self._shared
+        if kept is not None and kept[0] is x and (kept[1] is wanted or _equal(kept[1], wanted)) and asked in kept[2]:
+            y = kept[2].pop(asked)
+            if not kept[2]:
+                self._shared = None
+            return y
+        if not self._one_precision(asked, wanted):
+            return None
+        if any((layer._backend or layer.prepare(x.device)) is not backend for layer in self.layers):
+            return None
+        rows = per_row(wanted, x.shape[:-1])
+        made = products(x.reshape(-1, asked.in_features), [layer._prepared for layer in self.layers], rows)
+        results = {layer: y.view(*x.shape[:-1], layer.out_features) for layer, y in zip(self.layers, made, strict=True)}
+        y = results.pop(asked)
+        self._shared = x, wanted, results
+        return y
+
+    def _one_precision(self, asked: PlaneLinear, wanted: int | torch.Tensor) -> bool:
+        """Return whether what `asked` runs at is what every layer runs at."""
+        if isinstance(wanted, torch.Tensor):
+            return not any(layer.profiles for layer in self.layers)
+        scope = active(asked.default)
+        return all(_equal(layer.own_precision(scope), wanted) for layer in self.layers)
+
     def _prepared(self, device: torch.device) -> bool:
         """Prepare all layers and return whether the CPU backend serves each."""
         return all(type(layer._backend or layer.prepare(device)) is cpu.CpuBackend for layer in self.layers)
+
+
+def _equal(a: int | torch.Tensor, b: int | torch.Tensor) -> bool:
+    return isinstance(a, int) and isinstance(b, int) and a == b
 
 
 class PlaneStack(PlaneModule):

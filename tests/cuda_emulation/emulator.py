@@ -45,13 +45,16 @@ class Emulator:
             self._built[kernel] = library
         return self._built[kernel]
 
-    def launch(self, launch: plan.Launch, arguments: bytes, read: list[torch.Tensor], written: torch.Tensor) -> None:
+    def launch(
+        self, launch: plan.Launch, arguments: bytes, read: list[torch.Tensor], written: list[torch.Tensor]
+    ) -> None:
         """Run all blocks; the kernel may touch the given tensors and nothing else."""
         buffers = []
-        for tensor in [*(t for t in read if t.numel()), written]:
-            size = tensor.untyped_storage().nbytes() if tensor is not written else tensor.numel() * tensor.itemsize
+        for tensor in [t for t in read if t.numel()]:
             start = tensor.untyped_storage().data_ptr()
-            buffers += [start, start + size, int(tensor is written)]
+            buffers += [start, start + tensor.untyped_storage().nbytes(), 0]
+        for tensor in written:
+            buffers += [tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.itemsize, 1]
         packed = (ctypes.c_uint64 * len(buffers))(*buffers)
         library, seed = self.build(launch.kernel), random.getrandbits(31)
         said = library.emulate(
@@ -82,14 +85,14 @@ class Emulator:
             pointers = (part, weight.planes, levels, mine, weight.row_scale, out)
             at = tuple(t.data_ptr() for t in pointers)
             self.launch(
-                planned.launch, planned.launch.arguments(shape, count, x.stride(0), at), list(pointers[:-1]), out
+                planned.launch, planned.launch.arguments(shape, count, x.stride(0), at), list(pointers[:-1]), [out]
             )
             if planned.splits > 1:
                 parts, out = out, torch.full_like(here, torch.nan)
                 reduction = planned.reduction(shape, count, dtype)
                 at = (parts.data_ptr(), 0, 0, 0, 0, out.data_ptr())
                 arguments = reduction.arguments(shape, count, 0, at, planned.splits)
-                self.launch(reduction, arguments, [parts], out)
+                self.launch(reduction, arguments, [parts], [out])
             here.copy_(out)
         return y
 
@@ -99,5 +102,5 @@ class Emulator:
         w = torch.full((shape.out_features, shape.in_features), torch.nan, dtype=dtype)
         launch = plan.dequantization(shape, DTYPES[dtype], precision)
         at = (0, weight.planes.data_ptr(), weight.levels.data_ptr(), 0, weight.row_scale.data_ptr(), w.data_ptr())
-        self.launch(launch, launch.arguments(shape, 0, 0, at), [weight.planes, weight.levels, weight.row_scale], w)
+        self.launch(launch, launch.arguments(shape, 0, 0, at), [weight.planes, weight.levels, weight.row_scale], [w])
         return w

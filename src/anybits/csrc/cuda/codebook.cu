@@ -7,7 +7,7 @@
 // which the other rows are 0.
 //
 // Macros: DTYPE of x, PLANES (p; the highest stored when MIXED), MIXED 0/1, COLUMN_TILES, SLICES (2 when x is fp32,
-// else 1), WARPS, BLOCKS, STAGES, SPLIT 0/1.
+// else 1), WARPS, BLOCKS, STAGES, SPLIT 0/1, PARTS (weights that share x).
 
 constexpr int STAGE_BYTES = PLANES * STEP_BYTES;
 constexpr int THREADS = WARPS * LANES;
@@ -99,12 +99,14 @@ struct TableCopy {
         bytes = MIXED ? 32 * (stored & ((2 << top) - 1)) : 32 << PLANES;
         stride = 32 * stored;
     }
-    DEVICE void fetch(const Args &a, i64 tile) {
-        if (tile >= a.tiles) return;
+    DEVICE void fetch(const Args &a, Weight &weight, i64 tile) {
+        if (tile >= count_tiles(a)) return;
+        enter_part(weight, a, tile);
+        tile -= weight.first_tile;
 #pragma unroll
         for (int i = 0; i < TABLE_CHUNKS; i++) {
             const int at = (i * THREADS + thread_index()) * 16;
-            if (at < bytes) chunk[i] = load(reinterpret_cast<const Words4 *>(a.levels + tile * stride + first + at));
+            if (at < bytes) chunk[i] = load(reinterpret_cast<const Words4 *>(weight.levels + tile * stride + first + at));
         }
     }
     DEVICE void put(u8 *table) const {
@@ -147,7 +149,8 @@ DEVICE void add_unit(const Args &a, const Activations &x, const Lane &me, int un
     }
 }
 
-DEVICE void finish_tile(const Args &a, const Lane &me, int warp, i64 tile, float *parts, float (&sum)[COLUMN_TILES][4]) {
+DEVICE void finish_tile(const Args &a, const Weight &weight, const Lane &me, int warp, i64 tile, float *parts,
+                        float (&sum)[COLUMN_TILES][4]) {
     const int rows = static_cast<int>(a.rows);
 #pragma unroll
     for (int j = 0; j < COLUMN_TILES; j++)
@@ -157,7 +160,7 @@ DEVICE void finish_tile(const Args &a, const Lane &me, int warp, i64 tile, float
             if (row < rows) parts[(warp * rows + row) * TILE + me.r + i / 2 * 8] = v;
         }
     block_barrier();
-    write_tile(a, tile, parts);
+    write_tile(a, weight, tile, parts);
 }
 
 KERNEL(THREADS, BLOCKS) multiply(const Args a) {
@@ -183,31 +186,35 @@ KERNEL(THREADS, BLOCKS) multiply(const Args a) {
     }
     for (i64 row = 0; MIXED && row < a.rows; row++) used |= 1 << load(a.wanted + row);
 
-    Position ahead{begin + warp < end ? block_x() : a.tiles, begin + warp};
+    const i64 all_tiles = count_tiles(a);
+    Position ahead{begin + warp < end ? block_x() : all_tiles, begin + warp};
+    Weight copied = first_weight(a), looked_up = copied, weight = copied;  // planes, codebooks, and what is multiplied
     const auto copy_next = [&](int slot) {
         if (ahead.within(a)) {
+            enter_part(copied, a, ahead.tile);
 #pragma unroll
             for (int i = 0; i < PLANES; i++)
                 if (i < planes)
                     copy_async(ring + slot * STAGE_BYTES + i * STEP_BYTES + me.lane * 16,
-                               plane_at(a, i, ahead.tile, ahead.step, me.lane));
+                               plane_at(a, copied, i, ahead.tile, ahead.step, me.lane));
             ahead.next(WARPS, begin + warp, end);
         }
         copy_commit();
     };
 #pragma unroll
     for (int i = 0; i < STAGES - 1; i++) copy_next(i);
-    next.fetch(a, block_x());
+    next.fetch(a, looked_up, block_x());
     for (i64 step = begin + warp; step < end; step += WARPS)
         for (int u = 0; u < 2; u++)
             for (i64 row = 0; row < a.rows; row++)
                 convert_unit(a, x, row, step * STEP + u * UNIT, static_cast<int>(2 * (step - begin)) + u, me.lane);
-    if (block_x() < a.tiles) next.put(tables);
+    if (block_x() < all_tiles) next.put(tables);
     block_barrier();
 
     int slot = 0, parity = 0;
-    for (i64 tile = block_x(); tile < a.tiles; tile += blocks_x(), parity ^= 1) {
-        next.fetch(a, tile + blocks_x());
+    for (i64 tile = block_x(); tile < all_tiles; tile += blocks_x(), parity ^= 1) {
+        enter_part(weight, a, tile);
+        next.fetch(a, looked_up, tile + blocks_x());
         float sum[COLUMN_TILES][4] = {};
         for (i64 step = begin + warp; step < end; step += WARPS) {
             copy_wait<STAGES - 2>();
@@ -234,7 +241,7 @@ KERNEL(THREADS, BLOCKS) multiply(const Args a) {
             }
             slot = slot + 1 == STAGES ? 0 : slot + 1;
         }
-        if (tile + blocks_x() < a.tiles) next.put(tables + (parity ^ 1) * next.bytes);
-        finish_tile(a, me, warp, tile, parts + parity * WARPS * a.rows * TILE, sum);
+        if (tile + blocks_x() < all_tiles) next.put(tables + (parity ^ 1) * next.bytes);
+        finish_tile(a, weight, me, warp, tile, parts + parity * WARPS * a.rows * TILE, sum);
     }
 }

@@ -6,10 +6,21 @@
 // register of a tensor-core product, and the 32 columns of shifts 2q and 2q + 1 are one whole product.
 #pragma once
 
+#ifndef PARTS
+#define PARTS 1  // weights that one launch multiplies x by; they differ in their rows alone
+#endif
+
+struct Part {  // what a further weight has of its own, named as in Args
+    const u8 *planes, *levels;
+    const float *row_scale;
+    u8 *y;
+    i64 out_features, tiles;
+};
+
 struct Args {           // all 8 bytes wide: the host packs them as such
     const u8 *x;        // [rows, in_features], x_stride elements from row to row
     const u8 *planes;   // [P][tiles][steps][32 lanes][4 words]
-    const u8 *levels;   // affine.cu and codebook.cu say how
+    const u8 *levels;   // signs.cu and codebook.cu say how
     const int *wanted;  // [rows] precision of each row, read when MIXED
     const float *row_scale;  // [16 * tiles], codebooks only
     u8 *y;              // [rows, out_features] in x's dtype, or float [splits, rows, out_features] when SPLIT
@@ -18,6 +29,10 @@ struct Args {           // all 8 bytes wide: the host packs them as such
     i64 split_steps;            // steps of one block's part of the columns
     i64 groups, group_units;    // groups of a row; units of 128 columns in a group, when it has one or more
     i64 stored;                 // bit p is set when precision p is stored
+    i64 all_tiles;              // of all parts
+#if PARTS > 1
+    Part more[PARTS - 1];
+#endif
 };
 
 constexpr int F16 = 0, BF16 = 1, F32 = 2;

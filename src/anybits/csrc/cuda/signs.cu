@@ -14,7 +14,7 @@
 // Macros: DTYPE of x, LEVELS of scales, OFFSETS 0/1, PLANES (p; the highest stored when MIXED), MIXED 0/1, WALSH 0/1,
 // COLUMN_TILES (products of 8 columns side by side), SLICES 2/4, MASKS 1/2/4, SUBGROUPS (groups in a unit: 1, 2, 4),
 // ROW_GROUP 0/1 (one group for the whole row), WARPS and BLOCKS of a
-// multiprocessor, STAGES, SPLIT 0/1.
+// multiprocessor, STAGES, SPLIT 0/1, PARTS (weights that share x).
 
 constexpr int WIDTH = 9 - MASKS;              // bits of a digit: 8, 7 or 5
 constexpr int FACTOR = MASKS == 4 ? 4 : 1;    // F above
@@ -129,19 +129,21 @@ DEVICE i64 group_of(const Args &a, i64 unit, int subgroup) {
 struct Table {
     const u8 *base;
     int terms;
-    DEVICE void find(const Args &a, int p) {
-        base = a.levels + load(reinterpret_cast<const i64 *>(a.levels) + p);
+    DEVICE void find(const Args &a, const Weight &weight, int p) {
         terms = WALSH ? (1 << p) - 1 : p;
+        base = weight.levels + load(reinterpret_cast<const i64 *>(weight.levels) + p) -
+               weight.first_tile * a.groups * (terms + OFFSETS) * SLOT_BYTES;
     }
     DEVICE const u8 *at(const Args &a, i64 tile, i64 group, int slot) const {
         return base + ((tile * a.groups + group) * (terms + OFFSETS) + slot) * SLOT_BYTES;
     }
 };
 
-DEVICE void copy_step(const Args &a, const Table &table, const Position &at, int planes, u8 *slot, int lane) {
+DEVICE void copy_step(const Args &a, const Weight &weight, const Table &table, const Position &at, int planes, u8 *slot,
+                      int lane) {
 #pragma unroll
     for (int i = 0; i < PLANES; i++)
-        if (i < planes) copy_async(slot + i * STEP_BYTES + lane * 16, plane_at(a, i, at.tile, at.step, lane));
+        if (i < planes) copy_async(slot + i * STEP_BYTES + lane * 16, plane_at(a, weight, i, at.tile, at.step, lane));
     if (!IN_RING) return;
     constexpr int CHUNKS = SLOTS * SLOT_BYTES / 16;  // of one group
     for (int c = lane; c < 2 * SUBGROUPS * CHUNKS; c += LANES) {
@@ -156,6 +158,12 @@ struct Lane {  // what a lane keeps for the whole kernel
     int digit_column[COLUMN_TILES];  // of the products' second operand
     int pair[COLUMN_TILES];          // of their result; past the last pair a lane computes the last one again
     Table table[MIXED ? COLUMN_TILES : 1];
+    DEVICE void find_tables(const Args &a, const Weight &weight) {
+#pragma unroll
+        for (int j = 0; j < COLUMN_TILES; j++)
+            if (MIXED) table[MIXED ? j : 0].find(a, weight, load(a.wanted + pair[j] / PAIRS_PER_ROW));
+        if (!MIXED) table[0].find(a, weight, PLANES);
+    }
 };
 
 // inner += one term's scale times the signed sums of one subgroup, for all columns.
@@ -258,7 +266,8 @@ DEVICE void add_unit(const Args &a, const Activations &x, const Lane &me, const 
 }
 
 // Add what the warps found for one tile, always in the same order, and write it.
-DEVICE void finish_tile(const Args &a, const Lane &me, int warp, i64 tile, float *sums, float (&sum)[COLUMN_TILES][2]) {
+DEVICE void finish_tile(const Args &a, const Weight &weight, const Lane &me, int warp, i64 tile, float *sums,
+                        float (&sum)[COLUMN_TILES][2]) {
     const int rows = static_cast<int>(a.rows);
 #pragma unroll
     for (int j = 0; j < COLUMN_TILES; j++)
@@ -269,7 +278,7 @@ DEVICE void finish_tile(const Args &a, const Lane &me, int warp, i64 tile, float
             if (row < rows && (4 * j + me.t) % PAIRS_PER_ROW == 0) sums[(warp * rows + row) * TILE + me.r + 8 * h] = v;
         }
     block_barrier();
-    write_tile(a, tile, sums);
+    write_tile(a, weight, tile, sums);
 }
 
 KERNEL(WARPS * LANES, BLOCKS) multiply(const Args a) {
@@ -290,14 +299,17 @@ KERNEL(WARPS * LANES, BLOCKS) multiply(const Args a) {
         const int column = 8 * j + me.r, pair = 4 * j + me.t;
         me.digit_column[j] = column < x.columns ? column : x.columns - 1;
         me.pair[j] = pair < x.pairs ? pair : x.pairs - 1;
-        if (MIXED) me.table[MIXED ? j : 0].find(a, load(a.wanted + me.pair[j] / PAIRS_PER_ROW));
     }
-    if (!MIXED) me.table[0].find(a, PLANES);
+    Weight copied = first_weight(a), weight = copied;  // of the tile that is copied, and that is multiplied
+    me.find_tables(a, weight);
 
-    Position ahead{begin + warp < end ? block_x() : a.tiles, begin + warp};
+    const i64 all_tiles = count_tiles(a);
+    Position ahead{begin + warp < end ? block_x() : all_tiles, begin + warp};
+    Table copied_table = me.table[0];
     const auto copy_next = [&](int slot) {
         if (ahead.within(a)) {
-            copy_step(a, me.table[0], ahead, planes, ring + slot * STAGE_BYTES, me.lane);
+            if (enter_part(copied, a, ahead.tile) && IN_RING) copied_table.find(a, copied, PLANES);
+            copy_step(a, copied, copied_table, ahead, planes, ring + slot * STAGE_BYTES, me.lane);
             ahead.next(WARPS, begin + warp, end);
         }
         copy_commit();
@@ -312,7 +324,8 @@ KERNEL(WARPS * LANES, BLOCKS) multiply(const Args a) {
             }
 
     int slot = 0, parity = 0;
-    for (i64 tile = block_x(); tile < a.tiles; tile += blocks_x(), parity ^= 1) {
+    for (i64 tile = block_x(); tile < all_tiles; tile += blocks_x(), parity ^= 1) {
+        if (enter_part(weight, a, tile) && !IN_RING) me.find_tables(a, weight);
         float sum[COLUMN_TILES][2] = {};
         for (i64 step = begin + warp; step < end; step += WARPS) {
             copy_wait<STAGES - 2>();
@@ -325,6 +338,6 @@ KERNEL(WARPS * LANES, BLOCKS) multiply(const Args a) {
             for (int u = 0; u < 2; u++) add_unit(a, x, me, at, unit + u, u, terms, here, sum);
             slot = slot + 1 == STAGES ? 0 : slot + 1;
         }
-        finish_tile(a, me, warp, tile, sums + parity * WARPS * a.rows * TILE, sum);
+        finish_tile(a, weight, me, warp, tile, sums + parity * WARPS * a.rows * TILE, sum);
     }
 }

@@ -56,7 +56,15 @@ TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def use_step_modules(model: Any) -> None:
-    """Let norms, gated MLPs and the output layer of a bfloat16 model on a CPU take the kernels of a decode step."""
+    """Let norms, gated MLPs and the output layer of a bfloat16 model on a CPU take the kernels of a decode step.
+
+    Layers of one x become siblings on any device.
+    """
+    for module in model.modules():
+        for names in TOGETHER:
+            layers = [layer for name in names if type(layer := getattr(module, name, None)) is PlaneLinear]
+            if len(layers) == len(names) and len({layer.in_features for layer in layers}) == 1:
+                Siblings(layers)
     if step.isa_number() is None:
         return
     for module in model.modules():
@@ -64,10 +72,6 @@ def use_step_modules(model: Any) -> None:
             module.__class__ = with_forward(_Norm, type(module))
         elif _is_gated_mlp(module):
             module.__class__ = with_forward(_GatedMLP, type(module))
-        for names in TOGETHER:
-            layers = [layer for name in names if type(layer := getattr(module, name, None)) is PlaneLinear]
-            if len(layers) == len(names) and len({layer.in_features for layer in layers}) == 1:
-                Siblings(layers)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if type(head) is nn.Linear and head.weight.is_contiguous() and _ours(head.weight, head.bias):
         head.__class__ = DenseHead

@@ -6,6 +6,7 @@ precision between two steps writes a few numbers on the GPU: nothing is captured
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,12 +19,18 @@ from anybits.integrations.attention import LAYER_TYPES
 from anybits.integrations.decode_step import attention as decode_attention
 from anybits.integrations.static_decode.cache import MOST_ROWS, build, fits
 from anybits.integrations.static_decode.capture import Graph, new_pool
-from anybits.linear import PlaneLinear, PlaneStack
+from anybits.linear import PlaneLinear, PlaneStack, products_together
 from anybits.precision import ModelPrecision, Precision
 from anybits.precision import precision as scoped
 
 ATTENTION = {"eager", "sdpa", decode_attention.NAME}
 """Implementations of attention that take a mask of slots."""
+
+
+_SHARED = 1e-2
+"""Relative L2 at most between logits with layers that multiply together, and apart: only another x makes more."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -70,6 +77,7 @@ class StaticDecoder:
         self._inputs: dict[int, _Inputs] = {}
         self._graphs: dict[tuple[int, Precision | None], Callable[[], torch.Tensor]] = {}
         self._pool = new_pool(self.device) if self.capture else None
+        self._together: bool | None = None
         self.weights = weights_of(model)
         self.length = 0
         self.restart(prefilled, first)
@@ -147,8 +155,21 @@ class StaticDecoder:
             def step() -> torch.Tensor:
                 return self._step(rows, own)
 
+            if self._together is None:
+                self._together = self._may_share(step)
             self._graphs[key] = Graph(step, self.device, self._pool) if self.capture else step
         return self._graphs[key]
+
+    def _may_share(self, step: Callable[[], torch.Tensor]) -> bool:
+        """Return whether layers may multiply one x together: they may unless the model changes x between them."""
+        results = []
+        for self._together in (False, True):
+            results.append(step().float())
+        apart, together = results
+        if float((together - apart).norm()) <= _SHARED * float(apart.norm()):
+            return True
+        logger.warning("query, key and value are launched one by one: this model gives them different inputs")
+        return False
 
     @torch.no_grad()
     def _step(self, rows: int, own: Precision | None) -> torch.Tensor:
@@ -159,7 +180,7 @@ class StaticDecoder:
         mask: Any = next(iter(masks.values()))
         if len(masks) == 2:
             mask = {"full_attention": masks[None], "sliding_attention": next(m for w, m in masks.items() if w)}
-        with scoped(inputs.codes if own is None else own):
+        with scoped(inputs.codes if own is None else own), products_together(bool(self._together)):
             return self.model(
                 input_ids=inputs.tokens,
                 attention_mask=mask,

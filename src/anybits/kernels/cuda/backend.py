@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -65,6 +66,19 @@ class CudaBackend:
         run = torch.ops.anybits.cuda_matmul if compiling else _matmul
         return run(x, *weight, wanted, rows)
 
+    def products(
+        self, x: torch.Tensor, weights: Sequence[CudaWeight], precision: int | torch.Tensor
+    ) -> list[torch.Tensor]:
+        """Return `matmul` of x with each weight, with the same bits, in one launch where they allow it.
+
+        They do when they differ in their rows alone and x `[M, K]` has few rows; otherwise each has its own launch.
+        """
+        rows = None if isinstance(precision, int) else _on_device(precision, x)
+        wanted = precision if isinstance(precision, int) else 0
+        if not _goes_together(x, weights, wanted, rows):
+            return [self.matmul(x, weight, precision if rows is None else rows) for weight in weights]
+        return _multiply_together(x, weights, wanted, rows)
+
 
 def _on_device(rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Return int32 `[M]` on x's device; a copy from the CPU may wait, so a decoding loop keeps its own on the GPU."""
@@ -94,10 +108,8 @@ def _matmul(
     _check(x, weight, precision, rows)
     count, sizes = x.shape[0], weight.shape
     tuning = plan.active_tuning()
-    if not tuning.kernel:
-        limit = plan.DENSE_ROWS_MIXED if rows is not None else plan.DENSE_ROWS[precision]
-        if count >= limit:
-            return _dense(x, weight, precision, rows)
+    if not tuning.kernel and count >= _dense_rows(precision):
+        return _dense(x, weight, precision, rows)
     if x.stride(1) != 1:
         x = x.contiguous()
     y = torch.empty((count, sizes.out_features), dtype=x.dtype, device=x.device)
@@ -110,27 +122,73 @@ def _matmul(
         if here != planned.rows_at_once:
             planned = plan.product(sizes, here, dtype, precision, gpu.device, tuning)
         part = None if rows is None else rows[first : first + here]
-        _multiply(gpu, planned, weight, x[first : first + here], part, y[first : first + here])
+        _multiply(gpu, planned, [weight], x[first : first + here], part, [y[first : first + here]])
     return y
 
 
+def _dense_rows(precision: int) -> int:
+    return plan.DENSE_ROWS[precision] if precision else plan.DENSE_ROWS_MIXED
+
+
+def _goes_together(x: torch.Tensor, weights: Sequence[CudaWeight], precision: int, rows: torch.Tensor | None) -> bool:
+    """Return whether one launch can multiply x by all `weights`; AnybitsError for what none can."""
+    for weight in weights:
+        _check(x, weight, precision, rows)
+    alike = len({replace(weight.shape, out_features=1) for weight in weights}) == 1
+    plain = type(x) is torch.Tensor and not torch.compiler.is_compiling()
+    plain = plain and not (x.requires_grad and torch.is_grad_enabled())
+    few = 0 < x.shape[0] < _dense_rows(precision) and plan.active_tuning().kernel != "simple"
+    return alike and plain and few and 1 < len(weights) <= plan.MAX_PARTS
+
+
+def _multiply_together(
+    x: torch.Tensor, weights: Sequence[CudaWeight], precision: int, rows: torch.Tensor | None
+) -> list[torch.Tensor]:
+    """Launch one pass over all weights for each slice of rows that the kernel takes."""
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    count, shapes = x.shape[0], tuple(weight.shape for weight in weights)
+    made = [torch.empty((count, sizes.out_features), dtype=x.dtype, device=x.device) for sizes in shapes]
+    gpu, dtype, tuning = _gpu(x.device.index), DTYPES[x.dtype], plan.active_tuning()
+    planned = plan.together(shapes, count, dtype, precision, gpu.device, tuning)
+    for first in range(0, count, planned.rows_at_once):
+        here = slice(first, min(first + planned.rows_at_once, count))
+        if here.stop - first != planned.rows_at_once:
+            planned = plan.together(shapes, here.stop - first, dtype, precision, gpu.device, tuning)
+        part = None if rows is None else rows[here]
+        _multiply(gpu, planned, weights, x[here], part, [y[here] for y in made])
+    return made
+
+
 def _multiply(
-    gpu: _Gpu, planned: plan.Product, weight: CudaWeight, x: torch.Tensor, rows: torch.Tensor | None, y: torch.Tensor
+    gpu: _Gpu,
+    planned: plan.Product,
+    weights: Sequence[CudaWeight],
+    x: torch.Tensor,
+    rows: torch.Tensor | None,
+    made: Sequence[torch.Tensor],
 ) -> None:
-    """Launch one pass over the weight, and the sum of its parts when the columns are split over blocks."""
-    count, sizes, out = x.shape[0], weight.shape, y
+    """Launch one pass over the weights, and the sum of its parts when the columns are split over blocks."""
+    count, outs = x.shape[0], made
     if planned.splits > 1:
-        out = torch.empty((planned.splits, count, sizes.out_features), device=x.device)
-    levels = weight.walsh if planned.walsh else weight.levels
-    pointers = (
-        x.data_ptr(), weight.planes.data_ptr(), levels.data_ptr(), 0 if rows is None else rows.data_ptr(),
-        weight.row_scale.data_ptr(), out.data_ptr(),
-    )  # fmt: skip
-    _launch(gpu, planned.launch, planned.launch.arguments(sizes, count, x.stride(0), pointers))
+        outs = [torch.empty((planned.splits, *y.shape), device=x.device) for y in made]
+    own = [
+        (
+            weight.planes.data_ptr(), (weight.walsh if planned.walsh else weight.levels).data_ptr(),
+            weight.row_scale.data_ptr(), out.data_ptr(),
+        )
+        for weight, out in zip(weights, outs, strict=True)
+    ]  # fmt: skip
+    (planes, levels, row_scale, out), *more = own
+    pointers = (x.data_ptr(), planes, levels, 0 if rows is None else rows.data_ptr(), row_scale, out)
+    others = [(weight.shape, at) for weight, at in zip(weights[1:], more, strict=True)]
+    arguments = planned.launch.arguments(weights[0].shape, count, x.stride(0), pointers, more=others)
+    _launch(gpu, planned.launch, arguments)
     if planned.splits > 1:
-        reduction = planned.reduction(sizes, count, DTYPES[x.dtype])
-        pointers = (out.data_ptr(), 0, 0, 0, 0, y.data_ptr())
-        _launch(gpu, reduction, reduction.arguments(sizes, count, 0, pointers, planned.splits))
+        for weight, part, y in zip(weights, outs, made, strict=True):
+            reduction = planned.reduction(weight.shape, count, DTYPES[x.dtype])
+            pointers = (part.data_ptr(), 0, 0, 0, 0, y.data_ptr())
+            _launch(gpu, reduction, reduction.arguments(weight.shape, count, 0, pointers, planned.splits))
 
 
 def _launch(gpu: _Gpu, launch: plan.Launch, arguments: bytes) -> None:

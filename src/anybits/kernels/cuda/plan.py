@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import struct
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from math import ceil
 from pathlib import Path
@@ -101,12 +102,21 @@ class Launch:
     split_steps: int = 0
 
     def arguments(
-        self, shape: Shape, rows: int, x_stride: int, pointers: tuple[int, int, int, int, int, int], steps: int = 0
+        self,
+        shape: Shape,
+        rows: int,
+        x_stride: int,
+        pointers: tuple[int, int, int, int, int, int],
+        steps: int = 0,
+        more: Sequence[tuple[Shape, tuple[int, int, int, int]]] = (),
     ) -> bytes:
-        """Return Args; pointers: x, planes, levels, wanted, row_scale, y."""
+        """Return Args; pointers: x, planes, levels, wanted, row_scale, y; more: of further weights planes, levels,
+        row_scale, y."""
         sizes = (x_stride, rows, shape.out_features, shape.in_features, shape.tiles, steps or shape.steps)
         groups = (self.split_steps, shape.groups, shape.group_units, shape.stored)
-        return struct.pack("<6Q10q", *pointers, *sizes, *groups)
+        tiles = shape.tiles + sum(part.tiles for part, _ in more)
+        packed = struct.pack("<6Q11q", *pointers, *sizes, *groups, tiles)
+        return packed + b"".join(struct.pack("<4Q2q", *at, part.out_features, part.tiles) for part, at in more)
 
 
 @dataclass(frozen=True)
@@ -151,6 +161,28 @@ def tuning_from_environment(text: str, kernel: str) -> Tuning:
 def active_tuning() -> Tuning:
     """Return what ANYBITS_CUDA_TUNING and ANYBITS_CUDA_KERNEL ask for."""
     return tuning_from_environment(os.environ.get("ANYBITS_CUDA_TUNING", ""), os.environ.get("ANYBITS_CUDA_KERNEL", ""))
+
+
+MAX_PARTS = 4
+"""Weights that one launch multiplies x by."""
+
+
+@cache
+def together(
+    shapes: tuple[Shape, ...], rows: int, dtype: int, precision: int, device: Device, tuning: Tuning
+) -> Product:
+    """Plan one launch for weights that share x; AnybitsError unless they are alike but for their rows."""
+    first = shapes[0]
+    if not 1 < len(shapes) <= MAX_PARTS or any(replace(s, out_features=first.out_features) != first for s in shapes):
+        raise AnybitsError(f"one launch multiplies x by 2 to {MAX_PARTS} weights that differ in their rows alone")
+    planned = product(first, rows, dtype, precision, device, tuning)
+    launch, kernel = planned.launch, planned.launch.kernel
+    if kernel.source == "simple.cu":
+        raise AnybitsError("the plain kernel multiplies x by one weight")
+    blocks = dict(kernel.macros)["BLOCKS"]
+    grid = (_across(sum(s.tiles for s in shapes), device, blocks, planned.splits), planned.splits)
+    fused = replace(kernel, macros=(*kernel.macros, ("PARTS", len(shapes))))
+    return replace(planned, launch=replace(launch, kernel=fused, grid=grid))
 
 
 @cache
@@ -201,9 +233,8 @@ def _signs(shape: Shape, rows: int, dtype: int, precision: int, device: Device, 
     )
     stage = top * TILE * STEP // 8 + 2 * shape.subgroups * level_bytes
     unit = rows * slices * (128 + 8 * shape.subgroups)
-    room = _room(
-        shape, device, tuning, stage, 2 * unit, rows, 0, wide=tiles * terms * (1 if shape.subgroups == 1 else 2) <= 4
-    )
+    wide = tiles <= 2 and tiles * terms * (1 if shape.subgroups == 1 else 2) <= 4 - shape.row_group
+    room = _room(shape, device, tuning, stage, 2 * unit, rows, 0, wide)
     macros = (
         ("DTYPE", dtype), ("LEVELS", shape.level_dtype), ("OFFSETS", shape.offsets), ("PLANES", top),
         ("MIXED", int(mixed)), ("WALSH", int(walsh)), ("CODEBOOK", 0), ("COLUMN_TILES", tiles), ("SLICES", slices),
@@ -229,6 +260,11 @@ def _codebook(shape: Shape, rows: int, dtype: int, precision: int, device: Devic
     return room.product(Kernel("codebook.cu", macros), shape, device, rows, walsh=False)
 
 
+def _across(tiles: int, device: Device, blocks: int, splits: int) -> int:
+    """Return the blocks that share `tiles`."""
+    return min(tiles, max(1, ceil(device.multiprocessors * blocks / splits)))
+
+
 @dataclass(frozen=True)
 class _Room:
     """How the shared memory of a block is used."""
@@ -245,8 +281,7 @@ class _Room:
         return (("WARPS", self.warps), ("BLOCKS", self.blocks), ("STAGES", self.stages), ("SPLIT", split))
 
     def product(self, kernel: Kernel, shape: Shape, device: Device, rows: int, walsh: bool) -> Product:
-        across = min(shape.tiles, max(1, ceil(device.multiprocessors * self.blocks / self.splits)))
-        grid = (across, self.splits)
+        grid = (_across(shape.tiles, device, self.blocks, self.splits), self.splits)
         launch = Launch(kernel, grid, self.warps * 32, self.shared_bytes, self.split_steps)
         return Product(launch, rows, self.splits, walsh)
 
