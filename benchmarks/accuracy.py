@@ -27,6 +27,7 @@ import anybits
 from anybits.checkpoint import CheckpointReader, checkpoint_files
 from anybits.config import DataAware, Recipe, StoredConfig, parse_precisions
 from anybits.evaluate.perplexity import Score, log_probabilities, split_windows
+from anybits.integrations import swapping
 from anybits.integrations import transformers as hf
 from anybits.quantize import layerwise, pipeline
 from anybits.quantize.blocks import BlockRunner, capture
@@ -138,6 +139,7 @@ VARIANTS: dict[str, Variant] = {
     "ours, default": (run_recipe, {}),
     "ours, default, 8-bit scales": (run_recipe, {"scale_bits": 8}),
     "ours, default, alone": (alone, {}),
+    "ours, default, experts data-free": (run_recipe, {"data_aware": replace(OURS, experts=False)}),
     "ours, best": (run_recipe, {"preset": "best"}),
     "ours, best, alone": (alone, {"preset": "best"}),
     "Any-Precision as published": (run_recipe, {"method": "any-precision", "data_aware": None}),
@@ -185,6 +187,7 @@ class Yardstick:
 def measure(arguments: argparse.Namespace) -> None:
     """Run every variant that was asked for and is not in the output yet."""
     model = hf.load_float_model(arguments.model, dtype=torch.float32)
+    swapping.run_experts_eagerly(model)
     encode = hf.encoder(hf.load_tokenizer(arguments.model))
     windows = split_windows(encode(Path(arguments.text).read_text("utf-8")), 512, arguments.max_tokens)
     text = Path(arguments.calibration).read_text("utf-8")

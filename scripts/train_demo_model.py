@@ -32,6 +32,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 END = "<|endoftext|>"
@@ -116,6 +118,23 @@ def build_model(settings: Training, end_id: int) -> PreTrainedModel:
                 **common,
             )
         )
+    if settings.architecture == "qwen3-moe":
+        return Qwen3MoeForCausalLM(
+            Qwen3MoeConfig(
+                hidden_size=256,
+                num_hidden_layers=4,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                head_dim=64,
+                num_experts=16,
+                num_experts_per_tok=2,
+                moe_intermediate_size=128,
+                norm_topk_prob=True,
+                output_router_logits=True,  # so that the loss keeps the experts evenly loaded
+                router_aux_loss_coef=0.01,
+                **common,
+            )
+        )
     return Qwen3ForCausalLM(
         Qwen3Config(
             hidden_size=384,
@@ -156,12 +175,18 @@ def train(model: PreTrainedModel, ids: torch.Tensor, held_out: torch.Tensor, set
     """Train in place: Muon for the matrices, AdamW for the rest, rates rising and then falling linearly."""
     generator = torch.Generator().manual_seed(settings.seed)
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
-    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
+    # Muon takes matrices: those of a stack of experts are parameters of their own in the same memory.
+    stacks = {p: [torch.nn.Parameter(part) for part in p.detach()] for p in model.parameters() if p.ndim == 3}
+    matrices += [part for parts in stacks.values() for part in parts]
+    others = [p for n, p in model.named_parameters() if p.ndim == 1 or "embed" in n]
     optimizers = [
         torch.optim.Muon(matrices, lr=settings.matrix_learning_rate, weight_decay=settings.weight_decay),
         torch.optim.AdamW(others, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
     ]
-    compiled = torch.compile(model)
+    # Experts run one after another over the tokens that chose them: shapes that change at every step.
+    if stacks:
+        model.set_experts_implementation("eager")
+    compiled = model if stacks else torch.compile(model)
 
     def rate(step: int) -> float:
         if step < settings.warmup:
@@ -179,10 +204,14 @@ def train(model: PreTrainedModel, ids: torch.Tensor, held_out: torch.Tensor, set
             loss = compiled(input_ids=batch, labels=batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for stack, parts in stacks.items():
+            for part, gradient in zip(parts, stack.grad, strict=True):
+                part.grad = gradient
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         if (step + 1) % 50 == 0:
             speed = (step + 1) * batch.numel() / (time.time() - started)
             left = (settings.steps - step - 1) * batch.numel() / speed
@@ -203,7 +232,7 @@ def main() -> None:
     """Train, save the model in bfloat16 with its texts, and state the held-out perplexity."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write the model to")
-    parser.add_argument("--architecture", choices=["llama", "qwen3"], default="llama")
+    parser.add_argument("--architecture", choices=["llama", "qwen3", "qwen3-moe"], default="llama")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=8, help="sequences a step")
     parser.add_argument("--context", type=int, default=512, help="tokens a sequence")

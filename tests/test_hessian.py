@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 
 from anybits import AnybitsError, Recipe
 from anybits.config import DataAware
-from anybits.integrations import swapping
 from anybits.integrations.quantizing import quantize_model
-from anybits.quantize import anybcq, anyprecision, layerwise, refit
+from anybits.quantize import anybcq, anyprecision, refit
 from anybits.quantize.blocks import BlockRunner, HiddenStates, capture
 from anybits.quantize.data_aware import improve
 from anybits.quantize.hessian import Moments, collect, layout, problem, stages
@@ -337,30 +336,6 @@ def test_moments_are_those_of_the_inputs_on_both_paths() -> None:
         torch.testing.assert_close(some[0].hessian[i], wanted, rtol=1e-3, atol=1e-3)
         wanted = torch.stack([(x[k] - y[k]).T @ y[k] / len(y[k]) for k in shared]).mean(0)
         torch.testing.assert_close(some[0].drift[i], wanted, rtol=1e-3, atol=1e-3)
-
-
-def test_fused_experts_keep_their_codes_and_say_so(caplog: pytest.LogCaptureFixture) -> None:
-    model = tiny_model("qwen3-moe")
-
-    swapping.run_experts_eagerly(model)
-    layerwise._announced.clear()
-    _, blocks = find_blocks(model)
-    inputs = capture(model, blocks, [torch.randint(3, 60, (2, 16))])
-    runner, targets = BlockRunner(blocks[0], inputs.arguments[0]), find_targets(blocks[0])
-    start = {
-        t.module: anybcq.quantize_matrix(
-            dict(blocks[0].named_parameters())[t.parameter].detach().reshape(t.out_features, -1), (2, 3), 32, False
-        )
-        for t in targets
-    }
-    for _ in range(2):
-        paths = {2: inputs.hidden, 3: inputs.hidden}
-        found = layerwise.improve_block(runner, targets, start, inputs.hidden, paths, DataAware())
-    fused = [t.module for t in targets if "experts" in t.module]
-    assert fused
-    assert all(found[name] is start[name] for name in fused)
-    assert all(found[t.module] is not start[t.module] for t in targets if t.module not in fused)
-    assert sum("without data" in record.message for record in caplog.records) == 1
 
 
 @pytest.mark.parametrize("method", ["anybcq", "any-precision"])

@@ -268,9 +268,11 @@ def find_embedding(model: torch.nn.Module) -> str:
     return next(name for name, _ in model.named_parameters() if name.endswith("embed_tokens.weight"))
 
 
-@pytest.mark.parametrize("method", WITH_8_BITS)
-def test_a_dry_run_knows_the_result_and_writes_nothing(tmp_path: Path, method: str) -> None:
-    source = save_tiny(tmp_path / "float", "llama")
+@pytest.mark.parametrize(
+    ("method", "architecture"), [*((name, "llama") for name in WITH_8_BITS), ("anybcq", "qwen3-moe")]
+)
+def test_a_dry_run_knows_the_result_and_writes_nothing(tmp_path: Path, method: str, architecture: str) -> None:
+    source = save_tiny(tmp_path / "float", architecture)
     recipe = replace(WITH_8_BITS[method], quantize_lm_head=True)
     before = sorted(tmp_path.rglob("*"))
     found = estimate_model(str(source), recipe)

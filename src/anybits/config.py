@@ -293,7 +293,9 @@ class DataAware:
     (empty: the lowest 1.5, the highest 1.25, others 1); balance: 1 weighs relative errors, 0 absolute ones;
     sequential: layers see their predecessors in the block quantized; thinning: the lowest precision is fitted to all
     calibration batches and every other one, and what a target makes up for, to each n-th, which is faster: n is at most
-    `thinning`, and such that ENOUGH_TOKENS are left; exhaustive, beam: of the search (nested_codes.Search).
+    `thinning`, and such that ENOUGH_TOKENS are left; exhaustive, beam: of the search (nested_codes.Search); experts:
+    experts follow the tokens that the router sends them; expert_tokens: tokens that an expert needs for each column
+    of a matrix, borrowing what it lacks; router_weights: an expert's token counts the square of its router weight.
     """
 
     balancing: int = 10
@@ -310,6 +312,9 @@ class DataAware:
     thinning: int = 2
     exhaustive: int = 32
     beam: int = 6
+    experts: bool = True
+    expert_tokens: float = 2.0
+    router_weights: bool = True
 
     def __post_init__(self) -> None:
         """Raise AnybitsError naming the first setting that is out of range."""
@@ -328,6 +333,8 @@ class DataAware:
                 raise AnybitsError(f"{name} is {value}: it must be a whole number and not negative")
         if not 0 < self.damping < 10 or not 0 <= self.correction <= 1 or not 0 <= self.balance <= 1:
             raise AnybitsError("damping must lie between 0 and 10, correction and balance between 0 and 1")
+        if not 0 <= self.expert_tokens < 1000:
+            raise AnybitsError(f"expert_tokens is {self.expert_tokens}: it must not be negative, and below 1000")
         if any(not w > 0 for w in self.precision_weights):
             raise AnybitsError(f"precision weights {list(self.precision_weights)} must be positive")
 

@@ -17,6 +17,7 @@ from anybits.integrations.model_card import model_card
 from anybits.quantize import pipeline
 from anybits.quantize.calibration import DEFAULT_DATASET, Calibration, read_texts, sample_windows
 from anybits.quantize.estimate import Estimate, estimate
+from anybits.quantize.layerwise import EXPERT_MEMORY
 
 OFFLOAD_FOLDER = "offload"
 """Where transformers keeps what it has to convert while loading, such as the experts of most mixtures."""
@@ -29,12 +30,14 @@ def quantize_model(
     calibration: str | Sequence[str] | None = None,
     device: str = "auto",
     progress: pipeline.Progress | None = None,
+    expert_memory: int = EXPERT_MEMORY,
 ) -> StoredConfig:
     """Quantize the causal language model `source` (folder or hub name) into folder `out`.
 
     calibration: a text file, a Hugging Face dataset name (NAME[:CONFIG[:SPLIT]]), a list of texts, or None
-    for the default dataset; preset fast reads none. Returns what was stored. Repeating an interrupted call
-    resumes it. Raises AnybitsError for bad input.
+    for the default dataset; preset fast reads none; expert_memory: bytes for the second moments of several experts at
+    once, which does not change the result. Returns what was stored. Repeating an interrupted call resumes it. Raises
+    AnybitsError for bad input.
     """
     from anybits import __version__
 
@@ -57,12 +60,13 @@ def quantize_model(
         _finish(source, folder, model, stored)
 
     config = hf.plain_config(model)
-    return pipeline.quantize(model, config, recipe, windows, folder, __version__, progress, weights, last_step)
+    done = progress, weights, last_step, expert_memory
+    return pipeline.quantize(model, config, recipe, windows, folder, __version__, *done)
 
 
-def estimate_model(source: str, recipe: Recipe) -> Estimate:
+def estimate_model(source: str, recipe: Recipe, expert_memory: int = EXPERT_MEMORY) -> Estimate:
     """Return what quantizing `source` will take, from its config and samples timed here; reads no weights."""
-    return estimate(lazy.skeleton(source), recipe)
+    return estimate(lazy.skeleton(source), recipe, expert_memory)
 
 
 def _texts(recipe: Recipe, calibration: str | Sequence[str] | None) -> list[str] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,13 +11,14 @@ import torch
 from torch import nn
 
 from anybits.config import Recipe
-from anybits.quantize import data_aware, data_free
+from anybits.quantize import data_aware, data_free, expert_moments
 from anybits.quantize.activations import IN_MEMORY
 from anybits.quantize.head import find_head
 from anybits.quantize.hessian import Moments, problem
+from anybits.quantize.layerwise import EXPERT_MEMORY
 from anybits.quantize.pipeline import REST_BYTES, walk_bytes
 from anybits.quantize.source import Source
-from anybits.quantize.targets import Target, find_targets
+from anybits.quantize.targets import Target, find_targets, has_experts
 from anybits.weight import group_count
 
 LIBRARIES = 450 << 20
@@ -45,38 +47,62 @@ class Estimate:
     disk: dict[str, int]
 
 
-def estimate(model: nn.Module, recipe: Recipe) -> Estimate:
-    """Return what quantizing `model`, which may be on the meta device, will take; times samples for some seconds."""
+def estimate(model: nn.Module, recipe: Recipe, expert_memory: int = EXPERT_MEMORY) -> Estimate:
+    """Return what quantizing `model`, which may be on the meta device, will take; times samples for some seconds.
+
+    expert_memory: as of pipeline.quantize.
+    """
     source = Source(model)
     targets = [find_targets(block) for block in source.blocks]
     tokens = recipe.samples * recipe.seq_len if recipe.needs_text else 0
-    shape = _Shape(source, targets, tokens, recipe)
+    shape = _Shape(source, targets, tokens, recipe, expert_memory)
     return Estimate(shape.weights, shape.seconds(), shape.memory(), shape.disk())
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """Matrices that see one input, `[rows, columns]` together; copies: in a block; share: of the tokens in each."""
+
+    columns: int
+    rows: int
+    copies: int = 1
+    share: float = 1.0
 
 
 class _Shape:
     """The sizes that everything is computed from."""
 
-    def __init__(self, source: Source, targets: list[list[Target]], tokens: int, recipe: Recipe) -> None:
-        self.source, self.recipe, self.tokens = source, recipe, tokens
+    def __init__(
+        self, source: Source, targets: list[list[Target]], tokens: int, recipe: Recipe, expert_memory: int
+    ) -> None:
+        self.source, self.recipe, self.tokens, self.expert_memory = source, recipe, tokens, expert_memory
         self.head = [find_head(source.model)] if recipe.quantize_lm_head else []
         self.targets = [*(target for block in targets for target in block), *self.head]
         self.block = max(targets, key=lambda block: sum(_numel(t) for t in block))
         self.blocks = len(targets)
         self.weights = sum(_numel(t) for t in self.targets)
         self.precisions = len(recipe.precisions)
-        self.activations = walk_bytes(tokens, source.hidden_size(), self.precisions)
+        experts = any(has_experts(block) for block in targets)
+        self.activations = walk_bytes(tokens, source.hidden_size(), self.precisions, experts)
+        self.dense, self.experts = _split(self.block)
+        self.chosen = _experts_a_token(source.model) if self.experts else 0
 
     def memory(self) -> dict[str, int]:
         """Return the peak by part: the parts of one block's work, which are alive together."""
-        largest = max(_numel(t) for t in self.block)
+        largest = max(_numel(t) // t.experts for t in self.block)
         block = sum(_numel(t) for t in self.block)
         rest = [t.nbytes for t in (self.source.tensors[name] for name in self.source.rest_names())]
         parts = {"libraries": LIBRARIES, "block": block * self.source.dtype.itemsize}
         if self.recipe.uses_hessian:
-            widest = max(t.in_features for t in self.block)
-            parts["block in float32, and dequantized at each precision"] = 4 * block * (1 + self.precisions)
-            parts["Hessians"] = 4 * widest * widest * (HESSIANS * self.precisions + FACTOR_COPIES)
+            # Experts are dequantized one by one, and all of them only where the block runs at one precision.
+            dense = sum(_numel(t) for t in self.dense)
+            parts["block in float32, and dequantized at each precision"] = 4 * (
+                block + max(block if self.experts else 0, self.precisions * dense)
+            )
+            parts["Hessians"] = max(self._hessians(), default=0)
+            if self.experts:
+                stored = [_stored_bytes(t, self.recipe) for stage in self.experts.values() for t in stage]
+                parts["planes of the block's experts, before and after"] = 2 * sum(stored)
         elif self.recipe.reconstructs:
             parts["block in float32, and dequantized at each precision"] = 4 * block * (1 + self.precisions)
         if not self.recipe.uses_hessian:
@@ -87,6 +113,28 @@ class _Shape:
         if alone > sum(parts.values()):  # embeddings and head are written by themselves
             return {"libraries": LIBRARIES, "embeddings and head": alone - LIBRARIES}
         return parts
+
+    def _hessians(self) -> list[int]:
+        """Return the bytes of second moments while each of the block's matrices is at work."""
+        factors = self.precisions + FACTOR_COPIES
+        found = [4 * t.in_features**2 * ((HESSIANS - 1) * self.precisions + factors) for t in self.dense]
+        earlier = 0
+        for stage in self._expert_stages():
+            one = expert_moments.bytes_of_one(stage.columns, earlier, self.precisions)
+            held = min(one * stage.copies, max(one, self.expert_memory))
+            found.append(held + 4 * stage.columns**2 * factors)
+            earlier += stage.columns * stage.rows
+        return found
+
+    def _expert_stages(self) -> list[_Stage]:
+        """Return what an expert's matrices see, in the order of its layers."""
+        found: dict[int, _Stage] = {}
+        for alike in self.experts.values():
+            columns, copies = alike[0].in_features, sum(t.experts for t in alike)
+            rows = alike[0].out_features // alike[0].experts
+            before = found.get(columns, _Stage(columns, 0))
+            found[columns] = _Stage(columns, before.rows + rows, copies, min(1.0, self.chosen / copies))
+        return list(found.values())
 
     def disk(self) -> dict[str, int]:
         """Return the bytes of the result, and of what lies beside it until the run ends."""
@@ -116,32 +164,55 @@ class _Shape:
         if not self.tokens:
             return parts
         rate = _multiply_adds_a_second()
-        forward = self.tokens * self.weights / rate
+        stages = [*self._dense_stages(), *self._expert_stages()]
+        block = sum(_numel(t) for t in self.block)
+        active = sum(s.copies * s.share * s.columns * s.rows for s in stages)
+        forward = self.tokens * self.weights * (active / block) / rate
         shares = {p: 1 / self.recipe.every(p) for p in (None, *self.recipe.precisions)}
         paths = sum(shares.values())
         if self.recipe.method == "any-precision":
             parts["sensitivities"] = 4 * forward
         if self.recipe.uses_hessian:
             cost = _Cost.measured(self.recipe)
-            inputs: dict[int, list[Target]] = {}
-            for t in self.block:
-                inputs.setdefault(t.in_features, []).append(t)
-            # q/k/v and gate/up read one input: about 4 groups of 7 layers, each with moments and a factorisation
-            groups = [g for ts in inputs.values() for g in _halves(ts)]
-            parts["data-aware codes"] = self.blocks * sum(
-                cost(g[0].in_features, sum(t.out_features for t in g)) for g in groups
-            )
+            parts["data-aware codes"] = self.blocks * sum(s.copies * cost(s.columns, s.rows) for s in stages)
             halves = sum(shares[p] + min(shares[p], shares[None]) for p in self.recipe.precisions)
-            moments = halves * self.tokens * sum(g[0].in_features ** 2 for g in groups) * self.blocks
-            parts["running the blocks"] = paths * forward * (1 + PARTIAL_FORWARD * len(groups)) + moments / rate
+            seen = sum(s.copies * s.share * s.columns**2 for s in stages)
+            moments = halves * self.tokens * seen * self.blocks
+            parts["running the blocks"] = paths * forward * (1 + PARTIAL_FORWARD * len(stages)) + moments / rate
         if self.recipe.reconstructs:
-            step = 3 * self.recipe.batch * self.recipe.seq_len * self.weights / rate
+            step = 3 * self.recipe.batch * self.recipe.seq_len * forward / self.tokens
             parts["reconstruction"] = self.recipe.steps * self.precisions * step + paths * forward
         return parts
+
+    def _dense_stages(self) -> list[_Stage]:
+        """Return what the other layers see: q/k/v and gate/up share one input, about 4 of 7 layers have their own."""
+        inputs: dict[int, list[Target]] = {}
+        for t in self.dense:
+            inputs.setdefault(t.in_features, []).append(t)
+        groups = [group for targets in inputs.values() for group in _halves(targets)]
+        return [_Stage(group[0].in_features, sum(t.out_features for t in group)) for group in groups]
 
 
 def _numel(target: Target) -> int:
     return target.out_features * target.in_features
+
+
+def _split(block: list[Target]) -> tuple[list[Target], dict[str, list[Target]]]:
+    """Return the layers that see all tokens, and those of experts: a stack, or what is alike in a list, by its name."""
+    alike: dict[str, list[Target]] = {}
+    for t in block:
+        if t.experts > 1 or re.search(r"experts[^.]*\.[^.]*\d+\.", t.module):
+            alike.setdefault(re.sub(r"\d+", "*", t.module), []).append(t)
+    experts = {name: ts for name, ts in alike.items() if len(ts) > 1 or ts[0].experts > 1}
+    listed = [t for ts in experts.values() for t in ts]
+    return [t for t in block if t not in listed], experts
+
+
+def _experts_a_token(model: nn.Module) -> int:
+    """Return how many experts a token goes to, by the model's config; 2 where it does not tell."""
+    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    names = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "top_k")
+    return next((int(k) for name in names if isinstance(k := getattr(config, name, None), int)), 2)
 
 
 def _halves(targets: list[Target]) -> list[list[Target]]:
@@ -181,8 +252,10 @@ def _multiply_adds_a_second() -> float:
 
 def _data_free_seconds(block: list[Target], recipe: Recipe) -> float:
     """Return seconds a weight of the data-free quantizer, from some rows of the block's largest matrix."""
-    largest = max(block, key=_numel)
-    weight = torch.randn(min(largest.out_features, max(16, (1 << 20) // largest.in_features)), largest.in_features)
+    largest = max(block, key=lambda t: _numel(t) // t.experts)
+    weight = torch.randn(
+        min(largest.out_features // largest.experts, max(16, (1 << 20) // largest.in_features)), largest.in_features
+    )
     return _timed(lambda: data_free.quantize_matrix(weight, recipe)) / weight.numel()
 
 

@@ -138,7 +138,7 @@ class Watch:
         seen: dict[str, torch.Tensor] = {}
 
         def hook(name: str, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
-            x = args[0] if args else kwargs["input"]
+            x = args[0] if args else next(iter(kwargs.values()))
             seen[name] = x.reshape(-1, x.shape[-1]) if x.ndim != 2 else x
             if not whole and len(seen) == len(self.modules):
                 raise _Reached
@@ -159,17 +159,20 @@ class Watch:
         return seen
 
 
-def stages(runner: BlockRunner, targets: list[Target], hidden: torch.Tensor) -> list[list[str]]:
+def stages(
+    runner: BlockRunner, targets: Sequence[Target], hidden: torch.Tensor, alone: Sequence[str] = ()
+) -> list[list[str]]:
     """Return the block's linear layers in the order of their calls, those with the same input together.
 
-    Layers that this input does not reach, such as unused experts, and fused experts are left out.
+    alone: other modules to find the places of, each by itself. Layers that this input does not reach, and stacks of
+    experts, are left out.
     """
     modules = dict(runner.block.named_modules())
     linear = [t.module for t in targets if isinstance(modules.get(t.module), nn.Linear)]
-    seen = Watch(runner, linear).inputs(hidden, None, whole=True)
-    found: dict[tuple[int, torch.Size], list[str]] = {}
+    seen = Watch(runner, [*linear, *alone]).inputs(hidden, None, whole=True)
+    found: dict[tuple[int | str, torch.Size], list[str]] = {}
     for name, x in seen.items():  # all alive, so equal addresses mean the same tensor
-        found.setdefault((x.data_ptr(), x.shape), []).append(name)
+        found.setdefault((name if name in alone else x.data_ptr(), x.shape), []).append(name)
     return list(found.values())
 
 
@@ -185,7 +188,7 @@ def collect(
 
     float_path: the block's inputs from the float model; paths: for each precision those from the model quantized at it
     so far; replaced: for each of these the weights of this block that are quantized already; drift: whether it is
-    wanted. Tokens that the two paths route differently, to other experts, count as if both paths were equal there.
+    wanted. A layer that does not see all tokens, on either path, counts as if both paths were equal there.
     """
     firsts = [group[0] for group in groups]
     watch = Watch(runner, firsts)
@@ -212,21 +215,29 @@ class Sums:
     def __init__(self, width: int, paths: int, drift: bool) -> None:
         self.hessian = torch.zeros(paths, width, width)
         self.drift = torch.zeros_like(self.hessian) if drift else None
-        self.tokens, self.shared = [0] * paths, [0] * paths
+        self.tokens, self.shared = [0.0] * paths, [0.0] * paths
 
-    def add(self, i: int, x: torch.Tensor, wanted: torch.Tensor | None, shared: bool) -> None:
-        """Count rows `[tokens, K]` of path i; wanted: those of the float path, if it came to this layer."""
-        self.hessian[i].addmm_(x.T, x)
-        self.tokens[i] += len(x)
+    def add(
+        self, i: int, x: torch.Tensor, wanted: torch.Tensor | None, shared: bool, weights: torch.Tensor | None = None
+    ) -> None:
+        """Count rows `[tokens, K]` of path i; wanted: those of the float path, if it came to this layer.
+
+        shared: whether the float path ran; weights: what each token counts `[tokens]`, None for 1.
+        """
+        weighted = x if weights is None else x * weights[:, None]
+        count = float(len(x) if weights is None else weights.sum())
+        self.hessian[i].addmm_(weighted.T, x)
+        self.tokens[i] += count
         if self.drift is not None and shared:
-            self.shared[i] += len(x)
+            self.shared[i] += count
             if wanted is not None and wanted.shape == x.shape:
-                self.drift[i].addmm_((wanted - x).T, x)
+                apart = wanted - x
+                self.drift[i].addmm_((apart if weights is None else apart.mul_(weights[:, None])).T, x)
 
     def moments(self) -> Moments:
         """Return the means."""
         for i, (tokens, shared) in enumerate(zip(self.tokens, self.shared, strict=True)):
-            self.hessian[i] /= max(tokens, 1)
+            self.hessian[i] /= tokens or 1.0
             if self.drift is not None:
-                self.drift[i] /= max(shared, 1)
+                self.drift[i] /= shared or 1.0
         return Moments(self.hessian, self.drift)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -25,12 +26,16 @@ from anybits.quantize import block_tuning, data_free, layerwise
 from anybits.quantize.activations import Keeper
 from anybits.quantize.blocks import BlockInputs, BlockRunner, HiddenStates, capture
 from anybits.quantize.calibration import Calibration
+from anybits.quantize.data_aware import join_rows
+from anybits.quantize.expert_moments import Reach
 from anybits.quantize.head import find_head, head_moments, quantize_head
 from anybits.quantize.interruptions import explained
 from anybits.quantize.sensitivity import Sensitivity
 from anybits.quantize.source import Source
-from anybits.quantize.targets import Target, find_targets, matrix, target_patterns
+from anybits.quantize.targets import Target, find_targets, has_experts, matrix, target_patterns
 from anybits.weight import PlaneWeight
+
+logger = logging.getLogger(__name__)
 
 STATE_FILE = "quantize.json"
 SENSITIVITY_FOLDER = "sensitivity"
@@ -67,19 +72,22 @@ def quantize(
     progress: Progress | None = None,
     weights: Mapping[str, torch.Tensor] | None = None,
     last_step: Callable[[StoredConfig], None] = lambda stored: None,
+    expert_memory: int = layerwise.EXPERT_MEMORY,
 ) -> StoredConfig:
     """Quantize the decoder blocks of `model` into folder `out` and return what was stored.
 
     model: a causal language model on the CPU, left unchanged; model_config: the JSON object of its config;
     calibration: needed unless the preset is fast; weights: name -> tensor for the parameters of `model` that lie on the
-    meta device, read when they are needed; last_step: completes the folder, again if the run is stopped in it.
+    meta device, read when they are needed; last_step: completes the folder, again if the run is stopped in it;
+    expert_memory: bytes of second moments of several experts at once, which does not change the result.
     Raises AnybitsError for a model without linear layers in blocks, for missing calibration, for a folder that
     holds another run, and when memory or disk run out.
     """
     if recipe.needs_text and calibration is None:
         raise AnybitsError(f"preset {recipe.preset} needs calibration text: give some, or use preset fast")
     with explained(out):
-        run = _Run(Source(model, weights), recipe, calibration, CheckpointWriter(out), progress or Progress())
+        writer = CheckpointWriter(out)
+        run = _Run(Source(model, weights), recipe, calibration, writer, progress or Progress(), expert_memory)
         _claim(out, run.fingerprint(model_config, version))
         run.quantize_blocks()
         rest = run.write_rest()
@@ -123,13 +131,13 @@ def _claim(out: Path, fingerprint: str) -> None:
     write_json(state, {"fingerprint": fingerprint})
 
 
-def walk_bytes(tokens: int, hidden: int, precisions: int) -> int:
+def walk_bytes(tokens: int, hidden: int, precisions: int, experts: bool) -> int:
     """Return the bytes of activations that are kept while a block is finished.
 
     They are float32 `[tokens, hidden]`: the block's inputs on the float path and at each precision, the float block's
-    outputs, and the outputs that are just computed.
+    outputs, and the outputs that are just computed; before these two, the inputs of experts on all paths.
     """
-    return 4 * tokens * hidden * (precisions + 3)
+    return 4 * tokens * hidden * (precisions + 1 + max(2, experts * (precisions + 1)))
 
 
 def _stored_config(recipe: Recipe, targets: tuple[str, ...]) -> StoredConfig:
@@ -161,9 +169,11 @@ class _Run:
         calibration: Calibration | None,
         writer: CheckpointWriter,
         progress: Progress,
+        expert_memory: int,
     ) -> None:
         self.source, self.recipe, self.calibration = source, recipe, calibration
         self.writer, self.progress = writer, progress
+        self.expert_memory, self.reach = expert_memory, Reach()
         self.prefix, self.blocks = source.prefix, source.blocks
         self.targets = [find_targets(block) for block in self.blocks]
         self.head = find_head(source.model) if recipe.quantize_lm_head else None
@@ -199,6 +209,12 @@ class _Run:
                 self._finish_block(index, walk, todo[index])
         if head:
             self._write_head(walk)
+        if self.reach.scarce:
+            logger.warning(
+                "%d of %d experts got fewer than %d calibration tokens, %d of them none, and borrowed those of others: "
+                "more samples help",
+                *(self.reach.scarce, self.reach.experts, self.reach.needed, self.reach.unreached),
+            )
 
     def _write_head(self, walk: _Walk | None) -> None:
         assert self.head is not None
@@ -234,7 +250,8 @@ class _Run:
         batches = [b for b in tokens.split(batch) if len(b) == batch] or [tokens]
         width = self.source.hidden_size()
         precisions = self.recipe.precisions
-        keeper = Keeper(walk_bytes(tokens.numel(), width, len(precisions)), self.writer.folder)
+        experts = any(has_experts(targets) for targets in self.targets)
+        keeper = Keeper(walk_bytes(tokens.numel(), width, len(precisions), experts), self.writer.folder)
         with self.source.running() as model:
             inputs = capture(model, self.blocks, batches, keeper.keep)
         every = {p: self.recipe.every(p) for p in (None, *precisions)}
@@ -246,9 +263,13 @@ class _Run:
         return {t.module: self._quantize_one(index, t, sums.get(t.parameter)) for t in self.targets[index]}
 
     def _quantize_one(self, index: int, target: Target, sensitivity: torch.Tensor | None) -> PlaneWeight:
-        weight = matrix(self.blocks[index].get_parameter(target.parameter))
-        flat = None if sensitivity is None else sensitivity.view(weight.shape)
-        return data_free.quantize_matrix(weight, self.recipe, flat)
+        parameter = self.blocks[index].get_parameter(target.parameter)
+        flat = None if sensitivity is None else sensitivity.view(-1, target.in_features)
+        parts = [
+            data_free.quantize_matrix(matrix(parameter, rows), self.recipe, None if flat is None else flat[rows])
+            for rows in target.slices()
+        ]
+        return parts[0] if len(parts) == 1 else join_rows(parts)
 
     def _fit_and_move(
         self, index: int, weights: dict[str, PlaneWeight], walk: _Walk, fit: bool
@@ -258,7 +279,10 @@ class _Run:
         runner = BlockRunner(self.blocks[index], walk.inputs.arguments[index])
         like = dict(runner.block.named_parameters())
         if fit and recipe.uses_hessian and recipe.data_aware is not None:
-            weights = layerwise.improve_block(runner, targets, weights, walk.float_path, walk.paths, recipe.data_aware)
+            inputs, keep = (walk.float_path, walk.paths), walk.keeper.keep
+            weights = layerwise.improve_block(
+                runner, targets, weights, *inputs, recipe.data_aware, keep, self.expert_memory, self.reach
+            )
         wanted = runner.run_all(walk.float_path, keep=walk.keeper.keep)
         for p, path in walk.paths.items():
             if fit and recipe.reconstructs:
@@ -316,8 +340,11 @@ class _Run:
         total = 0.0
         errors = dict.fromkeys(self.recipe.precisions, 0.0)
         for target in self.targets[index]:
-            weight = matrix(self.blocks[index].get_parameter(target.parameter))
-            total += float(weight.square().sum())
-            for p in errors:
-                errors[p] += float((weights[target.module].dequantize(p) - weight).square().sum())
+            parameter, quantized = self.blocks[index].get_parameter(target.parameter), weights[target.module]
+            for rows in target.slices():
+                weight = matrix(parameter, rows)
+                total += float(weight.square().sum())
+                for p in errors:
+                    error = quantized.rows(rows.start, rows.stop).dequantize(p) - weight
+                    errors[p] += float(error.square().sum())
         return {p: error / max(total, 1e-30) for p, error in errors.items()}

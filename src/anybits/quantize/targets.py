@@ -19,12 +19,21 @@ ROUTER_NAMES = {"gate", "router", "shared_expert_gate"}
 
 @dataclass(frozen=True)
 class Target:
-    """One parameter to quantize: its name inside the block, the module's stored name, and its shape as `[N, K]`."""
+    """One parameter to quantize: its name inside the block, the module's stored name, and its shape as `[N, K]`.
+
+    experts: of a stack `[E, N / E, K]`, else 1.
+    """
 
     parameter: str
     module: str
     out_features: int
     in_features: int
+    experts: int = 1
+
+    def slices(self) -> list[slice]:
+        """Return the rows of each matrix: of every expert, or all."""
+        rows = self.out_features // self.experts
+        return [slice(first, first + rows) for first in range(0, self.out_features, rows)]
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -55,13 +64,18 @@ def find_targets(block: nn.Module) -> list[Target]:
                     logger.warning("%s keeps its dtype: expert matrices stored as [E, K, N] are not supported", full)
                     continue
                 experts, rows, columns = parameter.shape
-                targets.append(Target(full, full, experts * rows, columns))
+                targets.append(Target(full, full, experts * rows, columns, experts))
     return targets
 
 
 def _is_expert_stack(module: nn.Module, parameter: torch.Tensor) -> bool:
     experts = getattr(module, "num_experts", getattr(module, "num_local_experts", None))
     return experts == parameter.shape[0] or "Experts" in type(module).__name__
+
+
+def has_experts(targets: list[Target]) -> bool:
+    """Return whether a block has stacks of experts, or lists that look like experts."""
+    return any(t.experts > 1 or "expert" in t.module for t in targets)
 
 
 def target_patterns(model: nn.Module) -> tuple[str, ...]:
@@ -76,6 +90,6 @@ def target_patterns(model: nn.Module) -> tuple[str, ...]:
     return tuple(re.sub(r"\.\d+(?=\.|$)", ".*", pattern) for pattern in patterns)
 
 
-def matrix(parameter: torch.Tensor) -> torch.Tensor:
-    """Return a target's parameter as float32 `[N, K]`; the experts of a stack lie one after another."""
-    return parameter.detach().reshape(-1, parameter.shape[-1]).float()
+def matrix(parameter: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
+    """Return `rows` of a target's parameter as float32 `[N, K]`; the experts of a stack lie one after another."""
+    return parameter.detach().reshape(-1, parameter.shape[-1])[rows].float()
