@@ -110,6 +110,24 @@ def test_products(emulator, case):
 
 
 @emulated
+@pytest.mark.parametrize(("group", "symmetric"), [(128, False), (32, True), (-1, False), (None, False)])
+def test_one_row_whose_precision_only_the_gpu_knows(emulator, group, symmetric):
+    """What a captured step of one sequence runs: levels travel with the planes, up to the precision that is wanted."""
+    precisions = PRECISIONS if group is not None else PRECISIONS[1:3]
+    weight = weight_of(37, 700, group, symmetric, precisions=precisions)
+    x = torch.randn(1, 700)
+    for p in precisions if ALL else (precisions[0], precisions[1], precisions[-1]):
+        rows = torch.tensor([p], dtype=torch.int32)
+        prepared = layout.prepare(weight)
+        planned = plan.product(prepared.shape, 1, DTYPES[F32], 0, HOPPER, plan.Tuning())
+        assert dict(planned.launch.kernel.macros)["ALIKE"] == 1
+        y = emulator.product(x, prepared, rows, HOPPER)
+        assert error(y, x, weight, rows) < TOLERANCE[F32]
+        weight.planes[p:].random_()
+        assert torch.equal(emulator.product(x, layout.prepare(weight), rows, HOPPER), y)
+
+
+@emulated
 def test_planes_above_the_precision_do_not_matter_and_bits_repeat(emulator):
     weight = weight_of(20, 300, 128)
     x = torch.randn(1, 300).bfloat16()

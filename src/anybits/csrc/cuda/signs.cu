@@ -13,8 +13,8 @@
 //
 // Macros: DTYPE of x, LEVELS of scales, OFFSETS 0/1, PLANES (p; the highest stored when MIXED), MIXED 0/1, WALSH 0/1,
 // COLUMN_TILES (products of 8 columns side by side), SLICES 2/4, MASKS 1/2/4, SUBGROUPS (groups in a unit: 1, 2, 4),
-// ROW_GROUP 0/1 (one group for the whole row), WARPS and BLOCKS of a
-// multiprocessor, STAGES, SPLIT 0/1, PARTS (weights that share x).
+// ROW_GROUP 0/1 (one group for the whole row), ALIKE 0/1 (MIXED with one row: its precision is that of all columns),
+// WARPS and BLOCKS of a multiprocessor, STAGES, SPLIT 0/1, PARTS (weights that share x).
 
 constexpr int WIDTH = 9 - MASKS;              // bits of a digit: 8, 7 or 5
 constexpr int FACTOR = MASKS == 4 ? 4 : 1;    // F above
@@ -22,7 +22,8 @@ constexpr int TERMS = WALSH ? (1 << PLANES) - 1 : PLANES;
 constexpr int LEVEL_BYTES = LEVELS == F32 ? 4 : 2;
 constexpr int SLOT_BYTES = TILE * LEVEL_BYTES;  // one level of the 16 outputs: rows 0, 8, 1, 9, ...
 constexpr int SLOTS = TERMS + OFFSETS;
-constexpr bool IN_RING = !MIXED && !ROW_GROUP;  // levels travel with the planes
+constexpr bool EACH = MIXED && !ALIKE;          // every column has levels of its own precision
+constexpr bool IN_RING = !EACH && !ROW_GROUP;   // levels travel with the planes
 constexpr int STEP_LEVELS = 2 * SUBGROUPS * SLOTS * SLOT_BYTES;
 constexpr int STAGE_BYTES = PLANES * STEP_BYTES + (IN_RING ? STEP_LEVELS : 0);
 constexpr int PAIRS_PER_ROW = SLICES / 2;
@@ -145,9 +146,10 @@ DEVICE void copy_step(const Args &a, const Weight &weight, const Table &table, c
     for (int i = 0; i < PLANES; i++)
         if (i < planes) copy_async(slot + i * STEP_BYTES + lane * 16, plane_at(a, weight, i, at.tile, at.step, lane));
     if (!IN_RING) return;
-    constexpr int CHUNKS = SLOTS * SLOT_BYTES / 16;  // of one group
+    constexpr int CHUNKS = SLOTS * SLOT_BYTES / 16;  // of one group; fewer when the precision is below the highest
     for (int c = lane; c < 2 * SUBGROUPS * CHUNKS; c += LANES) {
         const int which = c / CHUNKS;
+        if (MIXED && c % CHUNKS >= (table.terms + OFFSETS) * SLOT_BYTES / 16) continue;
         const i64 group = group_of(a, 2 * at.step + which / SUBGROUPS, which % SUBGROUPS);
         copy_async(slot + PLANES * STEP_BYTES + c * 16, table.at(a, at.tile, group, 0) + c % CHUNKS * 16);
     }
@@ -157,19 +159,19 @@ struct Lane {  // what a lane keeps for the whole kernel
     int lane, r, t;
     int digit_column[COLUMN_TILES];  // of the products' second operand
     int pair[COLUMN_TILES];          // of their result; past the last pair a lane computes the last one again
-    Table table[MIXED ? COLUMN_TILES : 1];
-    DEVICE void find_tables(const Args &a, const Weight &weight) {
+    Table table[EACH ? COLUMN_TILES : 1];
+    DEVICE void find_tables(const Args &a, const Weight &weight, int planes) {
 #pragma unroll
         for (int j = 0; j < COLUMN_TILES; j++)
-            if (MIXED) table[MIXED ? j : 0].find(a, weight, load(a.wanted + pair[j] / PAIRS_PER_ROW));
-        if (!MIXED) table[0].find(a, weight, PLANES);
+            if (EACH) table[EACH ? j : 0].find(a, weight, load(a.wanted + pair[j] / PAIRS_PER_ROW));
+        if (!EACH) table[0].find(a, weight, planes);
     }
 };
 
 // inner += one term's scale times the signed sums of one subgroup, for all columns.
 DEVICE void add_term(const Activations &x, const Lane &me, int unit, int subgroup, const u32 (&word)[2],
                      const u32 (&digits)[KEPT][8], const Pair (&pair)[COLUMN_TILES],
-                     const float (&alpha)[MIXED ? COLUMN_TILES : 1][2], float (&inner)[COLUMN_TILES][2]) {
+                     const float (&alpha)[EACH ? COLUMN_TILES : 1][2], float (&inner)[COLUMN_TILES][2]) {
     constexpr int PRODUCTS = 4 / SUBGROUPS;
     int c[COLUMN_TILES][4];
 #pragma unroll
@@ -194,7 +196,7 @@ DEVICE void add_term(const Activations &x, const Lane &me, int unit, int subgrou
     for (int j = 0; j < COLUMN_TILES; j++)
         for (int h = 0; h < 2; h++) {
             const u32 v = (static_cast<u32>(c[j][2 * h]) << WIDTH) + static_cast<u32>(c[j][2 * h + 1]);
-            inner[j][h] = multiply_add(alpha[MIXED ? j : 0][h], bits_to_float(v) - MAGIC, inner[j][h]);
+            inner[j][h] = multiply_add(alpha[EACH ? j : 0][h], bits_to_float(v) - MAGIC, inner[j][h]);
         }
 }
 
@@ -227,25 +229,25 @@ DEVICE void add_unit(const Args &a, const Activations &x, const Lane &me, const 
             const Table &table = me.table[j];
             const int mine = slot < TERMS ? slot : table.terms;
             const u8 *global = table.at(a, at.tile, group, mine) + me.r * 2 * LEVEL_BYTES;
-            if (IN_RING) shared_levels(ring + slot * SLOT_BYTES + me.r * 2 * LEVEL_BYTES, out);
+            if (IN_RING) shared_levels(ring + (MIXED ? mine : slot) * SLOT_BYTES + me.r * 2 * LEVEL_BYTES, out);
             else if (!MIXED || slot == TERMS || slot < table.terms) global_levels(global, out);
             else out[0] = out[1] = 0;
         };
-        float inner[COLUMN_TILES][2], alpha[MIXED ? COLUMN_TILES : 1][2];
+        float inner[COLUMN_TILES][2], alpha[EACH ? COLUMN_TILES : 1][2];
         Pair pair[COLUMN_TILES];
         if (OFFSETS)
 #pragma unroll
-            for (int j = 0; j < (MIXED ? COLUMN_TILES : 1); j++) level(j, TERMS, alpha[j]);
+            for (int j = 0; j < (EACH ? COLUMN_TILES : 1); j++) level(j, TERMS, alpha[j]);
 #pragma unroll
         for (int j = 0; j < COLUMN_TILES; j++) {
             pair[j] = *x.pair(local_unit, g, me.pair[j]);
-            for (int h = 0; h < 2; h++) inner[j][h] = OFFSETS ? alpha[MIXED ? j : 0][h] * pair[j].sum : 0.0f;
+            for (int h = 0; h < 2; h++) inner[j][h] = OFFSETS ? alpha[EACH ? j : 0][h] * pair[j].sum : 0.0f;
         }
 #pragma unroll TERM_UNROLL
         for (int i = 0; i < TERMS; i++) {
             if (MIXED && i >= terms) continue;
 #pragma unroll
-            for (int j = 0; j < (MIXED ? COLUMN_TILES : 1); j++) level(j, i, alpha[j]);
+            for (int j = 0; j < (EACH ? COLUMN_TILES : 1); j++) level(j, i, alpha[j]);
             u32 word[2];
             if (WALSH) {
                 word[0] = word[1] = 0;
@@ -301,14 +303,14 @@ KERNEL(WARPS * LANES, BLOCKS) multiply(const Args a) {
         me.pair[j] = pair < x.pairs ? pair : x.pairs - 1;
     }
     Weight copied = first_weight(a), weight = copied;  // of the tile that is copied, and that is multiplied
-    me.find_tables(a, weight);
+    me.find_tables(a, weight, planes);
 
     const i64 all_tiles = count_tiles(a);
     Position ahead{begin + warp < end ? block_x() : all_tiles, begin + warp};
     Table copied_table = me.table[0];
     const auto copy_next = [&](int slot) {
         if (ahead.within(a)) {
-            if (enter_part(copied, a, ahead.tile) && IN_RING) copied_table.find(a, copied, PLANES);
+            if (enter_part(copied, a, ahead.tile) && IN_RING) copied_table.find(a, copied, planes);
             copy_step(a, copied, copied_table, ahead, planes, ring + slot * STAGE_BYTES, me.lane);
             ahead.next(WARPS, begin + warp, end);
         }
@@ -325,7 +327,7 @@ KERNEL(WARPS * LANES, BLOCKS) multiply(const Args a) {
 
     int slot = 0, parity = 0;
     for (i64 tile = block_x(); tile < all_tiles; tile += blocks_x(), parity ^= 1) {
-        if (enter_part(weight, a, tile) && !IN_RING) me.find_tables(a, weight);
+        if (enter_part(weight, a, tile) && !IN_RING) me.find_tables(a, weight, planes);
         float sum[COLUMN_TILES][2] = {};
         for (i64 step = begin + warp; step < end; step += WARPS) {
             copy_wait<STAGES - 2>();

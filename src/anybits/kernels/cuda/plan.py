@@ -223,13 +223,14 @@ def _column_tiles(columns: int, mixed: bool, device: Device) -> int:
 
 def _signs(shape: Shape, rows: int, dtype: int, precision: int, device: Device, tuning: Tuning, walsh: bool) -> Product:
     mixed, top = not precision, precision or shape.precisions[-1]
+    alike = mixed and rows == 1  # one row has one precision, if only the GPU knows it: levels travel with the planes
     masks = tuning.masks or (4 if rows <= 2 else 1)
     slices = 4 if masks == 4 else 2
     tiles = _column_tiles(rows * slices, mixed, device)
     rows = min(rows, 8 * tiles // slices)
     terms = (1 << top) - 1 if walsh else top
     level_bytes = (
-        0 if mixed or shape.row_group else (terms + shape.offsets) * (TILE << (1 + (shape.level_dtype == F32)))
+        0 if (mixed and not alike) or shape.row_group else (terms + shape.offsets) * (TILE << (1 + (shape.level_dtype == F32)))
     )
     stage = top * TILE * STEP // 8 + 2 * shape.subgroups * level_bytes
     unit = rows * slices * (128 + 8 * shape.subgroups)
@@ -238,7 +239,8 @@ def _signs(shape: Shape, rows: int, dtype: int, precision: int, device: Device, 
     macros = (
         ("DTYPE", dtype), ("LEVELS", shape.level_dtype), ("OFFSETS", shape.offsets), ("PLANES", top),
         ("MIXED", int(mixed)), ("WALSH", int(walsh)), ("CODEBOOK", 0), ("COLUMN_TILES", tiles), ("SLICES", slices),
-        ("MASKS", masks), ("SUBGROUPS", shape.subgroups), ("ROW_GROUP", shape.row_group), *room.macros(),
+        ("MASKS", masks), ("SUBGROUPS", shape.subgroups), ("ROW_GROUP", shape.row_group), ("ALIKE", int(alike)),
+        *room.macros(),
     )  # fmt: skip
     return room.product(Kernel("signs.cu", macros), shape, device, rows, walsh)
 
