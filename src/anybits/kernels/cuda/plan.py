@@ -229,9 +229,8 @@ def _signs(shape: Shape, rows: int, dtype: int, precision: int, device: Device, 
     tiles = _column_tiles(rows * slices, mixed, device)
     rows = min(rows, 8 * tiles // slices)
     terms = (1 << top) - 1 if walsh else top
-    level_bytes = (
-        0 if (mixed and not alike) or shape.row_group else (terms + shape.offsets) * (TILE << (1 + (shape.level_dtype == F32)))
-    )
+    in_ring = (alike or not mixed) and not shape.row_group
+    level_bytes = (terms + shape.offsets) * (TILE << (1 + (shape.level_dtype == F32))) if in_ring else 0
     stage = top * TILE * STEP // 8 + 2 * shape.subgroups * level_bytes
     unit = rows * slices * (128 + 8 * shape.subgroups)
     wide = tiles <= 2 and tiles * terms * (1 if shape.subgroups == 1 else 2) <= 4 - shape.row_group
