@@ -124,6 +124,7 @@ NO_DATA = {"preset": "default", "data_aware": None}
 OURS = DataAware()
 PLAIN = DataAware(balancing=0, feedback=False, descents=0, refit_sweeps=0, codebook_iterations=0, correction=0.0)
 GPTQ = replace(PLAIN, feedback=True)
+NO_EXPERTS = {"data_aware": replace(OURS, experts=False)}
 
 Variant = tuple[Callable[[Job], Dense], dict[str, object]]
 VARIANTS: dict[str, Variant] = {
@@ -139,12 +140,13 @@ VARIANTS: dict[str, Variant] = {
     "ours, default": (run_recipe, {}),
     "ours, default, 8-bit scales": (run_recipe, {"scale_bits": 8}),
     "ours, default, alone": (alone, {}),
-    "ours, default, experts data-free": (run_recipe, {"data_aware": replace(OURS, experts=False)}),
+    "ours, default, experts data-free": (run_recipe, NO_EXPERTS),
     "ours, best": (run_recipe, {"preset": "best"}),
     "ours, best, alone": (alone, {"preset": "best"}),
     "Any-Precision as published": (run_recipe, {"method": "any-precision", "data_aware": None}),
     "Any-Precision as published, alone": (alone, {"method": "any-precision", "data_aware": None}),
     "Any-Precision, ours": (run_recipe, {"method": "any-precision"}),
+    "Any-Precision, ours, experts data-free": (run_recipe, {"method": "any-precision", **NO_EXPERTS}),
     "Any-Precision, ours, alone": (alone, {"method": "any-precision"}),
 }
 
