@@ -90,10 +90,12 @@ class Sensitivity:
     def _head_gradients(self, as_tuple: bool) -> Iterator[torch.Tensor]:
         """Yield the gradient of each window's loss with respect to the last block's output."""
         model, blocks = self._source.model, self._source.blocks
+        # The loss of the text alone: balance among experts belongs to training, and blocks that are bypassed have none.
+        alone = {"output_router_logits": False} if getattr(model.config, "output_router_logits", False) else {}
         for window, output in zip(self._windows, self._open("inputs", len(blocks)), strict=True):
             leaf = output.requires_grad_(True)
             with bypassed(blocks, (leaf,) if as_tuple else leaf), torch.enable_grad():
-                loss = model(input_ids=window, labels=window, use_cache=False).loss
+                loss = model(input_ids=window, labels=window, use_cache=False, **alone).loss
             yield torch.autograd.grad(loss, leaf)[0]
 
     def _backward(self, index: int, arguments: Arguments) -> None:
