@@ -236,14 +236,53 @@ def test_realistic_width_keeps_the_promised_error(isa):
             assert error(backend.matmul(x, packed, p), x, weight, p) < bound, p
 
 
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("isa", ISAS)
-def test_fast_tables(isa):
-    weight = affine(70, 1024)
+def test_activations_in_8_bits(isa, case):
+    weight = CASES[case]()
     backend = cpu.CpuBackend(isa, fast=True)
     packed = backend.prepare(weight)
-    for rows in (1, 5):
-        x = torch.randn(rows, 1024)
-        assert 1e-5 < error(backend.matmul(x, packed, 4), x, weight, 4) < FAST_TOLERANCE
+    for p in PRECISIONS:
+        for rows, dtype in ((1 + p % 7, torch.float32), (7 + 3 * p, torch.bfloat16), (70, torch.float16)):
+            x = torch.randn(rows, weight.in_features).to(dtype)
+            y = backend.matmul(x, packed, p)
+            assert y.dtype == dtype
+            assert error(y, x, weight, p) < FAST_TOLERANCE, (p, rows)
+    for rows in (3, 17, 66):
+        x = torch.randn(rows, weight.in_features)
+        for highest in (6, 8):
+            precision = torch.randint(1, 1 + highest, (rows,), dtype=torch.int32)
+            assert error(backend.matmul(x, packed, precision), x, weight, precision) < FAST_TOLERANCE, rows
+
+
+@pytest.mark.skipif("avx512" not in ISAS, reason="this machine has no products of bytes")
+@pytest.mark.parametrize("make", [affine, codebook])
+def test_activations_in_8_bits_are_those_of_their_row(make):
+    """Ten equal runs on any thread count; up to seven rows do not touch one another, nor does an infinite one."""
+    weight, backend = make(200, 640), cpu.CpuBackend("avx512", fast=True)
+    packed = backend.prepare(weight)
+    x = torch.randn(40, 640).bfloat16()
+    for p in (2, 4, 6):
+        runs = []
+        for i in range(10):
+            torch.set_num_threads(1 + i % 2)
+            runs.append(backend.matmul(x, packed, p))
+        assert all(torch.equal(runs[0], run) for run in runs)
+        assert torch.equal(backend.matmul(x[:7], packed, p)[3], backend.matmul(x[3:4], packed, p)[0])
+        bad = x.clone()
+        bad[5, 100] = float("inf")
+        y = backend.matmul(bad, packed, p)
+        assert not y[5].isfinite().any()
+        assert torch.equal(y[torch.arange(40) != 5], runs[0][torch.arange(40) != 5])
+
+
+@pytest.mark.skipif("avx512" not in ISAS, reason="this machine has no products of bytes")
+@pytest.mark.parametrize("make", [affine, codebook])
+def test_8_bits_never_become_a_gemm(make, monkeypatch):
+    monkeypatch.setattr(cpu, "_dense", lambda *_: pytest.fail("a GEMM ran"))
+    weight, x = make(40, 256), torch.randn(300, 256).bfloat16()
+    backend = cpu.CpuBackend("avx512", fast=True)
+    assert error(backend.matmul(x, backend.prepare(weight), 4), x, weight, 4) < FAST_TOLERANCE
 
 
 @pytest.mark.parametrize("make", [affine, codebook])

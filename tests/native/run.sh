@@ -16,11 +16,11 @@ fi
 declare -A flags
 if [ "$mode" != arm ] && [ "$(uname -m)" = x86_64 ]; then
     flags[isa_avx2]="-mavx2 -mfma -mf16c"
-    flags[isa_avx512]="-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512vnni"
+    flags[isa_avx512]="-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512vnni -mgfni"
     flags[step_avx2]=${flags[isa_avx2]}
     flags[step_avx512]=${flags[isa_avx512]}
     flags[step_avx512_bf16]="${flags[isa_avx512]} -mavx512bf16"
-    flags[isa_amx]="${flags[isa_avx512]} -mgfni -mamx-tile -mamx-int8"
+    flags[isa_amx]="${flags[isa_avx512]} -mamx-tile -mamx-int8"
 fi
 for source in blob dispatch threads isa_portable isa_avx2 isa_avx512 isa_amx isa_neon step step_portable step_avx2 step_avx512 step_avx512_bf16; do
     # shellcheck disable=SC2086

@@ -90,13 +90,13 @@ inline float peak_of(const float *x, int64_t count) {
 // adds up the same integers, in tables or in matrices, and so gets the same result.
 template <class I>
 inline Grid affine_block(const Call &c, float *x, int64_t columns, float *sum) {
-    const bool exact = c.dtype == AB_BF16 && !c.fast;
+    const bool small = c.form == SHORT_TABLES, exact = c.dtype == AB_BF16 && !small;
     float peak;
     if constexpr (I::WORD_ENTRIES)
-        peak = c.fast ? peak_of_fours(x, columns, sum) : I::peak_of_pairs(x, columns, sum);
+        peak = small ? peak_of_fours(x, columns, sum) : I::peak_of_pairs(x, columns, sum);
     else
         peak = peak_of_fours(x, columns, sum);
-    Grid grid = grid_of(peak, *sum, c.fast ? FAST_LIMIT : WIDE_LIMIT, exact);
+    Grid grid = grid_of(peak, *sum, small ? FAST_LIMIT : WIDE_LIMIT, exact);
     if (!(grid.inverse > 0)) {
         memset(x, 0, static_cast<size_t>(columns) * sizeof(float));
     } else if (exact) {
@@ -119,7 +119,7 @@ template <class I>
 void affine_activations(const Call &c, int row, float *floats) {
     const Header *h = c.weight;
     const int64_t padded = h->steps * STEP;
-    const bool wide = !c.fast;
+    const bool wide = c.form != SHORT_TABLES;
     const int64_t table = wide ? WIDE_TABLE : FAST_TABLE;
     load_x<I>(c, row, floats, padded);
     uint8_t *out = c.tables + row * c.table_stride;

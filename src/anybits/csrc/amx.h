@@ -3,7 +3,7 @@
 // of tiles serves the group. A product takes as long for one row as for eight.
 #pragma once
 
-#include "avx512.h"
+#include "avx512_bytes.h"
 
 namespace {
 

@@ -189,8 +189,9 @@ struct AmxInstance {
     static constexpr Batch batch = {{4, 1}, table_bytes, scale_floats, activations, multiply};
     static constexpr Kernels kernels = {Avx512::TILE,
                                         Avx512::ROW_WORDS,
-                                        Instance<Avx512>::activations,
-                                        Instance<Avx512>::multiply,
+                                        Avx512Instance::form,
+                                        Avx512Instance::activations,
+                                        Avx512Instance::multiply,
                                         dequantize_rows<Avx512>,
                                         &batch};
 };

@@ -20,7 +20,7 @@ struct EntryPlaces {
 };
 constexpr EntryPlaces ENTRY_PLACES;
 
-struct Avx512 {
+struct Avx512 : FourteenBits {
     using V = __m512i;
     using F = __m512;
     static constexpr int TILE = 16, LANES = 16, BYTES = 64;
@@ -343,9 +343,9 @@ struct Avx512 {
                 }
             }
         }
-        void lookup(V a, V b, Words &out) const {
-            out.w[0] = find(a), out.w[1] = find(_mm512_srli_epi16(a, 8));
-            out.w[2] = find(b), out.w[3] = find(_mm512_srli_epi16(b, 8));
+        void lookup(const V *codes, Words &out) const {
+            out.w[0] = find(codes[0]), out.w[1] = find(_mm512_srli_epi16(codes[0], 8));
+            out.w[2] = find(codes[1]), out.w[3] = find(_mm512_srli_epi16(codes[1], 8));
         }
     };
 

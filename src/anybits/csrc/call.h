@@ -16,6 +16,9 @@ struct Group {
     int64_t tables, scales;  // where their activations begin, in bytes, and their scales, in floats
 };
 
+// What becomes of the activations: what the default needs, tables of sums in 8 bits, or 8-bit numbers.
+enum Form { EXACT, SHORT_TABLES, BYTES };
+
 // Activations are kept by row of x, whatever precision the row runs at, so that the next layer that reads
 // the same x can use them again.
 struct Call {
@@ -28,8 +31,9 @@ struct Call {
     const Segment *segments;
     int segment_count;
     void *y;
-    bool fast;
-    uint8_t *tables;  // affine: sums of 4 activations, looked up; codebook: the int16 activations
+    bool fast;        // 8 bits will do for activations
+    Form form;        // what Kernels::form makes of that
+    uint8_t *tables;  // affine: sums of 4 activations, looked up; codebook: the int16 activations; BYTES: int8 ones
     int64_t table_stride;
     float *scales;  // one per table block and row
     float *sums;    // affine: exact sum of a table block
@@ -54,6 +58,7 @@ constexpr int GROUP_ROWS = 8;
 struct Kernels {
     int tile_rows;  // rows interleaved in an affine tile
     bool row_words;  // affine: a step holds each row's word; otherwise byte j of all rows, then byte j + 1
+    Form (*form)(const Call &call);
     // Fill tables, scales and sums of one row of x. `floats` has room for K rounded up to 512.
     void (*activations)(const Call &call, int row, float *floats);
     // Affine tiles, or codebook tiles of 16 rows, first ... last - 1. `scratch` has scratch_floats().

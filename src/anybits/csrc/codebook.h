@@ -7,24 +7,44 @@
 
 namespace {
 
-constexpr int64_t PART = 128;           // columns that share an activation scale and one integer sum
-constexpr float PART_LIMIT = 16383.0f;  // 8 products of 14-bit numbers and a sign fit into 32 bits
+// How an instruction set keeps activations and centroids here, unless it says otherwise.
+struct FourteenBits {
+    using X = int16_t;                          // an activation
+    static constexpr int64_t PART = 128;        // columns that share an activation scale and one integer sum
+    static constexpr float X_LIMIT = 16383.0f;  // 8 products of 14-bit numbers and a sign fit into 32 bits
+    static constexpr float CENTROID = 1.0f;     // what a centroid of a table stands for, in those of the blob
+    static constexpr int BIAS = 0;              // what is added to each
+};
+
+// Activations lie [span][row of x][column], so that those which are read together are neighbours.
+template <class I>
+inline typename I::X *activations_of(const Call &c, int row) {
+    return reinterpret_cast<typename I::X *>(c.tables) + row * SPAN;
+}
 
 template <class I>
 void codebook_activations(const Call &c, int row, float *floats) {
     const int64_t padded = c.weight->spans * SPAN;
     load_x<I>(c, row, floats, padded);
-    int16_t *out = reinterpret_cast<int16_t *>(c.tables + row * c.table_stride);
-    for (int64_t part = 0; part < padded / PART; part++, out += PART) {
-        const float *x = floats + part * PART;
-        const float peak = peak_of(x, PART);
-        const Grid grid = grid_of(peak, peak, PART_LIMIT, false);
+    float bias = 0;
+    for (int64_t part = 0; part < padded / I::PART; part++) {
+        const int64_t column = part * I::PART;
+        typename I::X *out = activations_of<I>(c, row) + column / SPAN * c.rows * SPAN + column % SPAN;
+        const float *x = floats + part * I::PART;
+        const float peak = peak_of(x, I::PART);
+        const Grid grid = grid_of(peak, peak, I::X_LIMIT, false);
         c.scales[row * c.scale_stride + part] = grid.scale;
-        alignas(64) int16_t q[PART] = {0};
-        for (int i = 0; grid.inverse > 0 && i < PART; i++)
+        alignas(64) int16_t q[I::PART] = {0};
+        for (int i = 0; grid.inverse > 0 && i < I::PART; i++)
             q[i] = static_cast<int16_t>(static_cast<int32_t>(__builtin_rintf(x[i] * grid.inverse)));
-        for (int i = 0; i < PART; i += 64) I::reorder(q + i, out + i);
+        for (int i = 0; i < I::PART; i += 64) I::reorder(q + i, out + i);
+        if constexpr (I::BIAS != 0) {
+            int sum = 0;
+            for (int i = 0; i < I::PART; i++) sum += q[i];
+            bias += grid.scale * static_cast<float>(I::BIAS * sum);
+        }
     }
+    if constexpr (I::BIAS != 0) c.sums[row * c.scale_stride] = bias;
 }
 
 // Four vectors of two-bit fields from two planes, or of nibbles from three or four: result f holds the code of
@@ -93,15 +113,15 @@ template <class I, int P, int MC>
 void codebook_row(const Call &c, const int *rows, int64_t n, int64_t first, int64_t last, int64_t ahead, float *sums_at) {
     using V = typename I::V;
     using F = typename I::F;
-    constexpr int PIECES = 64 / I::BYTES;
+    constexpr int PIECES = 64 / I::BYTES, PARTS = SPAN / I::PART, VECTORS = 8 / PARTS;
     const Header *h = c.weight;
     const uint8_t *plane = plane_at(h, 0, n);
     const typename I::template Table<P> table(centroids_at(h, P, n));
-    const int16_t *x[MC];
+    const typename I::X *x[MC];
     const float *scales[MC];
     F sums[MC];
     for (int m = 0; m < MC; m++) {
-        x[m] = reinterpret_cast<const int16_t *>(c.tables + rows[m] * c.table_stride);
+        x[m] = activations_of<I>(c, rows[m]);
         scales[m] = c.scales + rows[m] * c.scale_stride;
         sums[m] = I::load(sums_at + m * I::LANES);
     }
@@ -114,12 +134,12 @@ void codebook_row(const Call &c, const int *rows, int64_t n, int64_t first, int6
                 planes[b] = I::load_bytes(at);
             }
             merge_codes<I, P>(planes, codes);
-            for (int part = 0; part < 4; part++) {
-                typename I::Words w;  // centroids of the part's two bits, as int16
-                table.lookup(codes[2 * part], codes[2 * part + 1], w);
-                const int64_t at = span * SPAN + part * PART + piece * I::BYTES;
+            for (int part = 0; part < PARTS; part++) {
+                typename I::Words w;  // centroids of the part's columns
+                table.lookup(codes + VECTORS * part, w);
+                const int64_t at = span * c.rows * SPAN + part * I::PART + piece * I::BYTES;
                 for (int m = 0; m < MC; m++)
-                    sums[m] = I::fma(I::dot(w, x[m] + at), I::set1(scales[m][span * 4 + part]), sums[m]);
+                    sums[m] = I::fma(I::dot(w, x[m] + at), I::set1(scales[m][span * PARTS + part]), sums[m]);
             }
         }
     }
@@ -148,39 +168,42 @@ void store_codes(const Header *h, int64_t n, int64_t first, int64_t last, int64_
 }
 
 // Where rows of x lie, by position.
+template <class X>
 struct Sources {
-    const int16_t *x[AB_MAX_ROWS];
+    const X *x[AB_MAX_ROWS];
     const float *scales[AB_MAX_ROWS];
 };
 
 // One segment at precision P with the codes of R output rows at precision P + shift, [R][SPAN * (last - first)]: a code is the
 // first bits of a longer one. What is looked up stays in registers for all rows of x, and what is read of x serves R output rows.
 template <class I, int P, int R>
-void codebook_products(const Call &c, const Sources &from, const Segment &s, int64_t n, int64_t first, int64_t last, int shift,
+void codebook_products(const Call &c, const Sources<typename I::X> &from, const Segment &s, int64_t n, int64_t first, int64_t last, int shift,
                        const uint8_t *codes, float *sums_at) {
     using F = typename I::F;
     using Table = typename I::template Table<P>;
-    constexpr int PARTS = I::PARTS_TOGETHER;
+    constexpr int TOGETHER = I::PARTS_TOGETHER, PARTS = SPAN / I::PART, VECTORS = 8 / PARTS;
     const Table tables[] = {Table(centroids_at(c.weight, P, n)), Table(centroids_at(c.weight, P, n + R - 1))};
     const int64_t next = c.rows * I::LANES, bytes = (last - first) * SPAN;
     const int begin = s.first, end = s.first + s.count;
     for (int64_t span = first; span < last; span++)
         for (int piece = 0; piece < 64 / I::BYTES; piece++)
-            for (int part = 0; part < 4; part += PARTS, codes += 2 * PARTS * I::BYTES) {
-                typename I::Words w[PARTS][R];
-                for (int i = 0; i < PARTS; i++)
+            for (int part = 0; part < PARTS; part += TOGETHER, codes += VECTORS * TOGETHER * I::BYTES) {
+                typename I::Words w[TOGETHER][R];
+                for (int i = 0; i < TOGETHER; i++)
                     for (int r = 0; r < R; r++) {
-                        const uint8_t *at = codes + r * bytes + 2 * i * I::BYTES;
-                        typename I::V a = I::load_bytes(at), b = I::load_bytes(at + I::BYTES);
-                        if (shift) a = I::down(a, shift), b = I::down(b, shift);
-                        tables[r].lookup(a, b, w[i][r]);
+                        typename I::V here[VECTORS];
+                        for (int v = 0; v < VECTORS; v++) {
+                            here[v] = I::load_bytes(codes + r * bytes + (VECTORS * i + v) * I::BYTES);
+                            if (shift) here[v] = I::down(here[v], shift);
+                        }
+                        tables[r].lookup(here, w[i][r]);
                     }
-                const int64_t column = span * SPAN + part * PART + piece * I::BYTES, scale = span * 4 + part;
+                const int64_t place = span * c.rows * SPAN + part * I::PART + piece * I::BYTES, scale = span * PARTS + part;
                 for (int m = begin; m < end; m++) {
                     F sums[R], products[R];
                     for (int r = 0; r < R; r++) sums[r] = I::load(sums_at + r * next + m * I::LANES);
-                    for (int i = 0; i < PARTS; i++) {
-                        const int16_t *x = from.x[m] + column + i * PART;
+                    for (int i = 0; i < TOGETHER; i++) {
+                        const typename I::X *x = from.x[m] + place + i * I::PART;
                         if constexpr (R == 2)
                             I::two_dots(w[i][0], w[i][1], x, products);
                         else
@@ -194,12 +217,12 @@ void codebook_products(const Call &c, const Sources &from, const Segment &s, int
 }
 
 template <class I, int R>
-void codebook_segments(const Call &c, const Sources &from, int64_t n, int64_t first, int64_t last, float *sums) {
+void codebook_segments(const Call &c, const Sources<typename I::X> &from, int64_t n, int64_t first, int64_t last, float *sums) {
     void (*const store[])(const Header *, int64_t, int64_t, int64_t, int64_t, uint8_t *) = {
         store_codes<I, 1>, store_codes<I, 2>, store_codes<I, 3>, store_codes<I, 4>,
         store_codes<I, 5>, store_codes<I, 6>, store_codes<I, 7>, store_codes<I, 8>};
-    void (*const products[])(const Call &, const Sources &, const Segment &, int64_t, int64_t, int64_t, int, const uint8_t *,
-                             float *) = {
+    void (*const products[])(const Call &, const Sources<typename I::X> &, const Segment &, int64_t, int64_t, int64_t, int,
+                             const uint8_t *, float *) = {
         codebook_products<I, 1, R>, codebook_products<I, 2, R>, codebook_products<I, 3, R>, codebook_products<I, 4, R>,
         codebook_products<I, 5, R>, codebook_products<I, 6, R>, codebook_products<I, 7, R>, codebook_products<I, 8, R>};
     alignas(64) uint8_t codes[R * PIECE_SPANS * SPAN];
@@ -218,9 +241,9 @@ void codebook_rows(const Call &c, int64_t n, int64_t count, float *sums) {
     const Header *h = c.weight;
     const int64_t wanted = PIECE_ROWS / c.rows, at_once = wanted < 1 ? 1 : wanted < PIECE_SPANS ? wanted : PIECE_SPANS;
     constexpr int R = I::OUTPUTS_TOGETHER;
-    Sources from;
+    Sources<typename I::X> from;
     for (int p = 0; p < c.rows; p++) {
-        from.x[p] = reinterpret_cast<const int16_t *>(c.tables + c.order[p] * c.table_stride);
+        from.x[p] = activations_of<I>(c, c.order[p]);
         from.scales[p] = c.scales + c.order[p] * c.scale_stride;
     }
     for (int64_t span = 0; span < h->spans; span += at_once) {
@@ -290,7 +313,9 @@ void codebook_multiply(const Call &c, int64_t first, int64_t last, float *scratc
             for (int p = s.first; p < s.first + s.count; p++) {
                 float values[CODEBOOK_TILE];
                 tile_totals<I>(scratch + p * I::LANES, c.rows * I::LANES, count, values);
-                for (int64_t r = 0; r < count; r++) values[r] *= row_scales(c.weight, s.precision)[row + r];
+                const float bias = I::BIAS != 0 ? c.sums[c.order[p] * c.scale_stride] : 0;
+                for (int64_t r = 0; r < count; r++)
+                    values[r] = (values[r] - bias) * (row_scales(c.weight, s.precision)[row + r] * I::CENTROID);
                 store_rows<I>(c, c.order[p], row, values, count);
             }
         }

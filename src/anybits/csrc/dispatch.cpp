@@ -16,17 +16,18 @@ namespace {
 #if defined(__x86_64__)
 bool has_avx512() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi") &&
+           __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("gfni");
 }
 
 // The system must grant the tiles' registers to the process; it refuses where it does not know them.
 bool has_amx() {
 #if defined(__linux__)
-    constexpr unsigned TILE_AND_INT8 = 1u << 24 | 1u << 25, GFNI = 1u << 8;
+    constexpr unsigned TILE_AND_INT8 = 1u << 24 | 1u << 25;
     constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
     unsigned a, b, c, d;
     if (!has_avx512() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-    if ((d & TILE_AND_INT8) != TILE_AND_INT8 || !(c & GFNI)) return false;
+    if ((d & TILE_AND_INT8) != TILE_AND_INT8) return false;
     return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
 #else
     return false;
@@ -71,7 +72,7 @@ struct Workspace {
     size_t size = 0;
     struct Key {
         int64_t x_bytes, k, block, rows;
-        int32_t isa, dtype, levels, fast;
+        int32_t isa, dtype, levels, form;
         uint8_t order[AB_MAX_ROWS], groups[AB_MAX_ROWS];  // of Batch: positions of rows, and their groups
     } key = {};
 
@@ -192,7 +193,7 @@ Workspace::Key key_of(const Call &c, int64_t x_bytes) {
     Workspace::Key key;
     memset(&key, 0, sizeof key);
     key.x_bytes = x_bytes, key.k = h->shape.in_features, key.block = h->block_columns, key.rows = c.rows;
-    key.isa = h->shape.isa, key.dtype = c.dtype, key.levels = h->shape.levels, key.fast = c.fast;
+    key.isa = h->shape.isa, key.dtype = c.dtype, key.levels = h->shape.levels, key.form = c.form;
     for (int i = 0; i < c.group_count; i++)
         for (int p = c.groups[i].first; p < c.groups[i].first + c.groups[i].count; p++)
             key.order[p] = static_cast<uint8_t>(c.order[p]), key.groups[p] = static_cast<uint8_t>(i + 1);
@@ -202,12 +203,13 @@ Workspace::Key key_of(const Call &c, int64_t x_bytes) {
 int run(Call &c, const Kernels *kernels, int threads) {
     const Header *h = c.weight;
     const bool affine = h->shape.levels == AB_AFFINE;
+    c.form = kernels->form(c);
     // Rows whose tables are read in turn lie a quarter of 4 KiB apart: nearer to a multiple of it, loads wait for each other.
-    c.table_stride = ceil_div(affine ? h->steps * (c.fast ? 128 : 256) : h->spans * SPAN * 2, 4096) * 4096 + 1024;
+    c.table_stride = ceil_div(affine ? h->steps * (c.form == EXACT ? 256 : 128) : h->spans * SPAN * 2, 4096) * 4096 + 1024;
     c.scale_stride = affine ? h->blocks : h->spans * 4;
     int64_t table_bytes = c.rows * c.table_stride, scale_floats = c.rows * c.scale_stride;
     Group groups[AB_MAX_ROWS];
-    const Batch *batch = c.dtype == AB_BF16 && !c.fast ? kernels->batch : nullptr;
+    const Batch *batch = c.dtype == AB_BF16 && c.form == EXACT ? kernels->batch : nullptr;
     if (batch && c.rows >= batch->least_rows[h->shape.levels])
         c.group_count = cut_groups(c, batch, groups, &table_bytes, &scale_floats), c.groups = groups;
     const int64_t row_bytes = h->shape.in_features * (c.dtype == AB_F32 ? 4 : 2);
@@ -281,7 +283,7 @@ extern "C" int ab_matmul(const void *blob, int64_t blob_bytes, const void *x, in
     Segment segments[AB_MAX_PLANES];
     Call c = {};
     c.weight = h, c.x = x, c.dtype = dtype, c.x_stride = x_stride, c.rows = static_cast<int>(rows), c.y = y;
-    c.fast = fast && h->shape.levels == AB_AFFINE;
+    c.fast = fast;
     c.segment_count = sort_rows(row_precisions, precision, c.rows, order, segments);
     c.order = order, c.segments = segments;
     return run(c, kernels, threads < 1 ? 1 : threads);

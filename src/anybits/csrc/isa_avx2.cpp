@@ -6,7 +6,7 @@
 
 namespace {
 
-struct Avx2 {
+struct Avx2 : FourteenBits {
     using V = __m256i;
     using F = __m256;
     static constexpr int TILE = 32, LANES = 8, BYTES = 32;
@@ -162,7 +162,7 @@ struct Avx2 {
             const V l = find<COUNT>(low, index, code), h = find<COUNT>(high, index, code);
             out[0] = _mm256_unpacklo_epi8(l, h), out[1] = _mm256_unpackhi_epi8(l, h);
         }
-        void lookup(V a, V b, Words &out) const { one(a, out.w), one(b, out.w + 2); }
+        void lookup(const V *codes, Words &out) const { one(codes[0], out.w), one(codes[1], out.w + 2); }
     };
 
     static F dot(const Words &w, const int16_t *x) {

@@ -6,7 +6,7 @@
 
 namespace {
 
-struct Neon {
+struct Neon : FourteenBits {
     using V = uint8x16_t;
     using F = float32x4_t;
     static constexpr int TILE = 16, LANES = 4, BYTES = 16;
@@ -146,7 +146,7 @@ struct Neon {
             const V l = find(low, code), h = find(high, code);
             out[0] = vzip1q_u8(l, h), out[1] = vzip2q_u8(l, h);
         }
-        void lookup(V a, V b, Words &out) const { one(a, out.w), one(b, out.w + 2); }
+        void lookup(const V *codes, Words &out) const { one(codes[0], out.w), one(codes[1], out.w + 2); }
     };
 
     static F dot(const Words &w, const int16_t *x) {

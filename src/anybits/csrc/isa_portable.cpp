@@ -3,7 +3,7 @@
 
 namespace {
 
-struct Portable {
+struct Portable : FourteenBits {
     using V = uint64_t;  // eight bytes of a plane; shifts cross byte borders exactly as vector shifts do
     struct F { float v[4]; };
     static constexpr int TILE = 16, LANES = 4, BYTES = 8;
@@ -84,10 +84,10 @@ struct Portable {
     struct Table {
         const int16_t *c;
         explicit Table(const int16_t *centroids) : c(centroids) {}
-        void lookup(V a, V b, Words &out) const {
+        void lookup(const V *codes, Words &out) const {
             for (int i = 0; i < 8; i++) {
-                out.w[i] = c[a >> (8 * i) & ((1 << P) - 1)];
-                out.w[8 + i] = c[b >> (8 * i) & ((1 << P) - 1)];
+                out.w[i] = c[codes[0] >> (8 * i) & ((1 << P) - 1)];
+                out.w[8 + i] = c[codes[1] >> (8 * i) & ((1 << P) - 1)];
             }
         }
     };

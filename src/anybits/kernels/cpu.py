@@ -69,6 +69,10 @@ The factor itself is an estimate: no row count beyond 64 was measured.
 DENSE_ROWS_MIXED = 64
 """Rows up to which DENSE_ROWS grows with the number of precisions in a batch: slabs are made once for each."""
 
+BYTE_PLANES = 6
+"""Precisions up to this one have products of 8-bit activations and levels that are faster than GEMMs for any number
+of rows, on avx512 and amx (csrc/avx512_bytes.h)."""
+
 SLAB_BYTES = 2 << 20
 """Bytes of one dequantized slab: slabs of 8 MiB took two to four times as long to fill as those of 2 MiB."""
 
@@ -121,8 +125,8 @@ def isa_number(name: str | None = None) -> int:
 class CpuBackend:
     """Multiplies straight from repacked planes.
 
-    isa: one of ISAS, or None for ANYBITS_CPU_ISA or else the best of this machine; fast: tables of int8
-    instead of int16 (affine levels; relative error about 1e-2 instead of 1e-4), None for ANYBITS_CPU_FAST.
+    isa: one of ISAS, or None for ANYBITS_CPU_ISA or else the best of this machine; fast: activations in 8 bits
+    (relative error below 1e-2 instead of 1e-4; docs/kernels.md says where it has an effect), None for ANYBITS_CPU_FAST.
     """
 
     name = "cpu"
@@ -186,7 +190,7 @@ class CpuBackend:
         return run(x, prepared.blob, prepared.out_features, wanted, rows, fast)
 
     def fast_tables(self) -> bool:
-        """Return whether tables of int8 are used."""
+        """Return whether activations are kept in 8 bits."""
         return _fast_by_environment() if self._fast is None else self._fast
 
 
@@ -240,7 +244,7 @@ def _matmul(
     dtype = _DTYPES.get(x.dtype, -1)
     if rows is not None:
         rows = _checked_rows(rows, count)
-    if dtype < 0 or count == 0 or (count >= LEAST_DENSE_ROWS and _dense_is_faster(x, blob, precision, rows)):
+    if dtype < 0 or count == 0 or (count >= LEAST_DENSE_ROWS and _dense_is_faster(x, blob, precision, rows, fast)):
         return _dense(x, blob, out_features, precision, rows)
     if x.stride(1) != 1:
         x = x.contiguous()
@@ -266,12 +270,15 @@ def _matmul(
     return y
 
 
-def _dense_is_faster(x: torch.Tensor, blob: torch.Tensor, precision: int, rows: torch.Tensor | None) -> bool:
+def _dense_is_faster(
+    x: torch.Tensor, blob: torch.Tensor, precision: int, rows: torch.Tensor | None, fast: bool
+) -> bool:
     header = _header(blob)
     highest = precision if rows is None else int(rows.max())
-    if not 1 <= highest <= 8:
+    isa = ISAS[header.isa]
+    if not 1 <= highest <= 8 or (fast and highest <= BYTE_PLANES and isa in ("avx512", "amx")):
         return False
-    limit = DENSE_ROWS[ISAS[header.isa], header.affine][highest]
+    limit = DENSE_ROWS[isa, header.affine][highest]
     if rows is not None:
         limit = max(limit, min(DENSE_ROWS_MIXED, limit * rows.unique().numel()))
     return x.shape[0] >= limit * (1 if x.dtype == torch.bfloat16 else DENSE_ROWS_FP32)
