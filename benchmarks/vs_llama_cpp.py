@@ -4,14 +4,15 @@ python benchmarks/vs_llama_cpp.py BUILD --out benchmarks/results/vs-llama-cpp.js
 ANYBITS_CPU_ISA=avx2 python benchmarks/vs_llama_cpp.py BUILD_FOR_AVX2 --out benchmarks/results/vs-llama-cpp.jsonl
 
 BUILD is a folder with llama.cpp's shared libraries. 2, 3 and 4 bits stand beside Q2_K, Q3_K and Q4_K, in plain buffers
-and in repacked ones where it has them, the faster of which counts. Every line has the read bandwidth of that moment. A wrong product ends the run: ours against float64, ggml's against its own dequantized
-weights. Nothing waits in a cache: copies of 128 MiB and more are read in turn. Here that means:
+and in repacked ones where it has them: the faster counts. Every line has the read bandwidth of its moment. A wrong
+product ends the run: ours against float64, ggml's against its own dequantized weights. Nothing waits in a cache: copies
+of 128 MiB and more are read in turn. Here that means:
 
 - ours: one call from Python for each product, and x changes from call to call, so that no table is used twice;
 - ggml: one graph multiplies all copies, so that threads are started once for many products, as in a whole token.
 
-Ours run with activations of 16 bits, and again with 8 as ggml's have ("activation_bits"). Lines with "n": 0 are a decoder
-block of Llama-3.1-8B, q + k + v + o + gate + up + down, added up.
+Ours run with activations of 16 bits, and again with 8 as ggml's have ("activation_bits"). Lines with "n": 0 are a
+decoder block of Llama-3.1-8B, q + k + v + o + gate + up + down, added up.
 """
 
 from __future__ import annotations
