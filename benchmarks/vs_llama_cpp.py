@@ -56,7 +56,7 @@ Kind = tuple[str, int, int]  # method, bits of activations, precision
 def ours(shape: tuple[int, int], method: str, rows: Sequence[int]) -> Iterator[tuple[Kind, int, int, float, Callable]]:
     """Yield (kind, m, bytes, error, run) of products; runs share the copies of one weight."""
     weight = random_weight(shape, method, list(RIVALS))
-    backends = {bits: cpu.CpuBackend(fast=bits == 8) for bits in (16, 8)}
+    backends = {bits: cpu.CpuBackend(activation_bits=bits) for bits in (16, 8)}
     copies = [backends[16].prepare(weight) for _ in range(copies_beyond_cache(weight.weight_bytes(min(RIVALS))))]
     for m, p, (bits, backend) in itertools.product(rows, RIVALS, backends.items()):
         xs = [torch.randn(m, shape[1]).bfloat16() for _ in range(2)]

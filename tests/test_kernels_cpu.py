@@ -28,7 +28,7 @@ ISAS = [isa for i, isa in enumerate(cpu.ISAS) if LIBRARY is not None and LIBRARY
 PRECISIONS = tuple(range(1, 9))
 # Relative L2 error, per dtype of x: what the kernel adds plus what rounding y to that dtype adds.
 TOLERANCE = {torch.float32: 2.5e-4, torch.bfloat16: 4e-3, torch.float16: 8e-4}
-FAST_TOLERANCE = 3e-2
+TOLERANCE_OF_8_BITS = 3e-2
 
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="the CPU kernels were not compiled")
 
@@ -99,7 +99,7 @@ CASES = {
 @pytest.mark.parametrize("isa", ISAS)
 def test_products(isa, case):
     weight = CASES[case]()
-    backend = cpu.CpuBackend(isa, fast=False)
+    backend = cpu.CpuBackend(isa, activation_bits=16)
     packed = backend.prepare(weight)
     for p in PRECISIONS:
         for dtype, bound in TOLERANCE.items():
@@ -132,7 +132,7 @@ def test_dense_path(isa, case, monkeypatch):
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_row_count(isa, case):
     weight = CASES[case]()
-    backend = cpu.CpuBackend(isa, fast=False)
+    backend = cpu.CpuBackend(isa, activation_bits=16)
     packed = backend.prepare(weight)
     for rows in (0, 1, 5, 16, 23, 24, 63, 64, 65, 200):
         for dtype, bound in TOLERANCE.items():
@@ -147,7 +147,7 @@ def test_every_row_count(isa, case):
 @pytest.mark.parametrize("isa", ISAS)
 def test_mixed_rows_equal_uniform_rows(isa, case):
     weight = CASES[case]()
-    backend = cpu.CpuBackend(isa, fast=False)
+    backend = cpu.CpuBackend(isa, activation_bits=16)
     packed = backend.prepare(weight)
     for rows in (1, 4, 13, 70):
         precision = torch.randint(1, 9, (rows,), dtype=torch.int32)
@@ -164,7 +164,7 @@ def test_mixed_rows_equal_uniform_rows(isa, case):
 def test_a_row_does_not_depend_on_its_batch(isa, case, monkeypatch):
     monkeypatch.setattr(cpu, "_dense_is_faster", lambda *_: False)
     weight = CASES[case]()
-    backend = cpu.CpuBackend(isa, fast=False)
+    backend = cpu.CpuBackend(isa, activation_bits=16)
     packed = backend.prepare(weight)
     x = torch.randn(67, weight.in_features).bfloat16()
     precision = torch.randint(1, 9, (67,), dtype=torch.int32)
@@ -184,7 +184,7 @@ def test_a_row_does_not_depend_on_its_batch(isa, case, monkeypatch):
 @pytest.mark.parametrize("isa", ISAS)
 def test_bf16_results_are_mostly_the_nearest(isa, case):
     weight = CASES[case]()
-    backend = cpu.CpuBackend(isa, fast=False)
+    backend = cpu.CpuBackend(isa, activation_bits=16)
     packed = backend.prepare(weight)
     for rows in (1, 5):
         others = []
@@ -203,7 +203,7 @@ def test_matrices_and_tables_agree_to_the_bit():
     x = torch.randn(9, 1000).bfloat16()
     results = []
     for isa in ("avx512", "amx"):
-        backend = cpu.CpuBackend(isa, fast=False)
+        backend = cpu.CpuBackend(isa, activation_bits=16)
         results.append(backend.matmul(x, backend.prepare(weight), 5))
     assert torch.equal(*results)
 
@@ -212,7 +212,7 @@ def test_matrices_and_tables_agree_to_the_bit():
 @pytest.mark.parametrize("isa", ISAS)
 def test_what_is_not_finite_stays_in_its_row(isa, make):
     weight = make(40, 416)
-    backend = cpu.CpuBackend(isa, fast=False)
+    backend = cpu.CpuBackend(isa, activation_bits=16)
     packed = backend.prepare(weight)
     x = torch.randn(5, 416).bfloat16()
     good = backend.matmul(x, packed, 3)
@@ -229,7 +229,7 @@ def test_realistic_width_keeps_the_promised_error(isa):
     x = torch.randn(2, 4096)
     x[torch.rand_like(x) < 0.005] *= 20  # outliers, as activations have them
     for weight in (affine(64, 4096), codebook(64, 4096)):
-        backend = cpu.CpuBackend(isa, fast=False)
+        backend = cpu.CpuBackend(isa, activation_bits=16)
         packed = backend.prepare(weight)
         bound = 1e-4 if isinstance(weight.levels, AffineLevels) else 1e-3
         for p in PRECISIONS:
@@ -240,26 +240,26 @@ def test_realistic_width_keeps_the_promised_error(isa):
 @pytest.mark.parametrize("isa", ISAS)
 def test_activations_in_8_bits(isa, case):
     weight = CASES[case]()
-    backend = cpu.CpuBackend(isa, fast=True)
+    backend = cpu.CpuBackend(isa, activation_bits=8)
     packed = backend.prepare(weight)
     for p in PRECISIONS:
         for rows, dtype in ((1 + p % 7, torch.float32), (7 + 3 * p, torch.bfloat16), (70, torch.float16)):
             x = torch.randn(rows, weight.in_features).to(dtype)
             y = backend.matmul(x, packed, p)
             assert y.dtype == dtype
-            assert error(y, x, weight, p) < FAST_TOLERANCE, (p, rows)
+            assert error(y, x, weight, p) < TOLERANCE_OF_8_BITS, (p, rows)
     for rows in (3, 17, 66):
         x = torch.randn(rows, weight.in_features)
         for highest in (6, 8):
             precision = torch.randint(1, 1 + highest, (rows,), dtype=torch.int32)
-            assert error(backend.matmul(x, packed, precision), x, weight, precision) < FAST_TOLERANCE, rows
+            assert error(backend.matmul(x, packed, precision), x, weight, precision) < TOLERANCE_OF_8_BITS, rows
 
 
 @pytest.mark.skipif("avx512" not in ISAS, reason="this machine has no products of bytes")
 @pytest.mark.parametrize("make", [affine, codebook])
 def test_activations_in_8_bits_are_those_of_their_row(make):
     """Ten equal runs on any thread count; up to seven rows do not touch one another, nor does an infinite one."""
-    weight, backend = make(200, 640), cpu.CpuBackend("avx512", fast=True)
+    weight, backend = make(200, 640), cpu.CpuBackend("avx512", activation_bits=8)
     packed = backend.prepare(weight)
     x = torch.randn(40, 640).bfloat16()
     for p in (2, 4, 6):
@@ -281,15 +281,15 @@ def test_activations_in_8_bits_are_those_of_their_row(make):
 def test_8_bits_never_become_a_gemm(make, monkeypatch):
     monkeypatch.setattr(cpu, "_dense", lambda *_: pytest.fail("a GEMM ran"))
     weight, x = make(40, 256), torch.randn(300, 256).bfloat16()
-    backend = cpu.CpuBackend("avx512", fast=True)
-    assert error(backend.matmul(x, backend.prepare(weight), 4), x, weight, 4) < FAST_TOLERANCE
+    backend = cpu.CpuBackend("avx512", activation_bits=8)
+    assert error(backend.matmul(x, backend.prepare(weight), 4), x, weight, 4) < TOLERANCE_OF_8_BITS
 
 
 @pytest.mark.parametrize("make", [affine, codebook])
 @pytest.mark.parametrize("isa", ISAS)
 def test_higher_planes_do_not_matter(isa, make):
     weight = make(40, 416)
-    backend = cpu.CpuBackend(isa, fast=False)
+    backend = cpu.CpuBackend(isa, activation_bits=16)
     x = torch.randn(3, 416)
     first = backend.matmul(x, backend.prepare(weight), 3)
     other = torch.cat([weight.planes[:3], random_planes(40, 416)[3:]])
@@ -300,7 +300,7 @@ def test_higher_planes_do_not_matter(isa, make):
 @pytest.mark.parametrize("isa", ISAS)
 def test_ten_runs_are_bit_identical_on_any_thread_count(isa, make):
     weight = make(200, 640)
-    backend = cpu.CpuBackend(isa, fast=False)
+    backend = cpu.CpuBackend(isa, activation_bits=16)
     packed = backend.prepare(weight)
     x = torch.randn(6, 640, dtype=torch.bfloat16)
     runs = []
@@ -326,7 +326,7 @@ def test_a_row_has_the_same_bits_among_up_to_seven(isa, dtype, group_size):
 
 
 def test_changed_activations_are_seen():
-    weight, backend = affine(32, 256), cpu.CpuBackend(fast=False)
+    weight, backend = affine(32, 256), cpu.CpuBackend(activation_bits=16)
     packed = backend.prepare(weight)
     x = torch.randn(2, 256)
     backend.matmul(x, packed, 4)
@@ -381,7 +381,7 @@ def test_forced_instruction_set(monkeypatch):
 
 def test_operator_is_registered_for_torch_compile():
     weight = affine(32, 256)
-    backend = cpu.CpuBackend(fast=False)
+    backend = cpu.CpuBackend(activation_bits=16)
     packed = backend.prepare(weight)
     x = torch.randn(3, 256)
     arguments = (x, packed.blob, 32, 4, None, False)

@@ -129,7 +129,7 @@ void check_matmul(const Weight &w, int p, int rows, bool mixed, bool fast, bool 
     }
     const void *from = bf16 ? static_cast<const void *>(x16.get()) : x.get();
     void *to = bf16 ? static_cast<void *>(y16.get()) : y.get();
-    const int status = ab_matmul(w.blob, w.bytes, from, bf16 ? AB_BF16 : AB_F32, rows, k, k, p, mixed ? each.get() : nullptr, to, fast, 1);
+    const int status = ab_matmul(w.blob, w.bytes, from, bf16 ? AB_BF16 : AB_F32, rows, k, k, p, mixed ? each.get() : nullptr, to, fast ? 8 : 16, 1);
     for (int64_t i = 0; bf16 && i < rows * n; i++) y[static_cast<size_t>(i)] = of_bf16(y16[static_cast<size_t>(i)]);
     expect(status == AB_OK, "status", w.shape, p, rows);
     double error = 0, norm = 0;
@@ -166,14 +166,14 @@ void check_dequantize(const Weight &w, int p) {
 void check_refusals(const Weight &w) {
     const int64_t n = w.shape.out_features, k = w.shape.in_features;
     float x = 0, y = 0;
-    expect(ab_matmul(w.blob, w.bytes - 1, &x, AB_F32, 1, k, k, 2, nullptr, &y, 0, 1) == AB_BAD_BLOB, "short", w.shape, 2, 1);
-    expect(ab_matmul(w.blob, w.bytes, &x, AB_F32, 1, k + 1, k, 2, nullptr, &y, 0, 1) == AB_BAD_SHAPE, "k", w.shape, 2, 1);
-    expect(ab_matmul(w.blob, w.bytes, &x, AB_F32, 0, k, k, 2, nullptr, &y, 0, 1) == AB_BAD_SHAPE, "rows", w.shape, 2, 0);
-    expect(ab_matmul(w.blob, w.bytes, &x, AB_F32, 65, k, k, 2, nullptr, &y, 0, 1) == AB_BAD_SHAPE, "rows", w.shape, 2, 65);
-    expect(ab_matmul(w.blob, w.bytes, &x, 7, 1, k, k, 2, nullptr, &y, 0, 1) == AB_BAD_DTYPE, "dtype", w.shape, 2, 1);
+    expect(ab_matmul(w.blob, w.bytes - 1, &x, AB_F32, 1, k, k, 2, nullptr, &y, 16, 1) == AB_BAD_BLOB, "short", w.shape, 2, 1);
+    expect(ab_matmul(w.blob, w.bytes, &x, AB_F32, 1, k + 1, k, 2, nullptr, &y, 16, 1) == AB_BAD_SHAPE, "k", w.shape, 2, 1);
+    expect(ab_matmul(w.blob, w.bytes, &x, AB_F32, 0, k, k, 2, nullptr, &y, 16, 1) == AB_BAD_SHAPE, "rows", w.shape, 2, 0);
+    expect(ab_matmul(w.blob, w.bytes, &x, AB_F32, 65, k, k, 2, nullptr, &y, 16, 1) == AB_BAD_SHAPE, "rows", w.shape, 2, 65);
+    expect(ab_matmul(w.blob, w.bytes, &x, 7, 1, k, k, 2, nullptr, &y, 16, 1) == AB_BAD_DTYPE, "dtype", w.shape, 2, 1);
     const int32_t bad[] = {-1, 0, 9, 31, 1 << 30};
     for (int32_t p : bad)
-        expect(ab_matmul(w.blob, w.bytes, &x, AB_F32, 1, k, k, 2, &p, &y, 0, 1) == AB_BAD_PRECISION, "precision", w.shape, p, 1);
+        expect(ab_matmul(w.blob, w.bytes, &x, AB_F32, 1, k, k, 2, &p, &y, 16, 1) == AB_BAD_PRECISION, "precision", w.shape, p, 1);
     expect(ab_dequantize(w.blob, w.bytes, 2, 0, n + 1, AB_F32, &y, 1) == AB_BAD_SHAPE, "count", w.shape, 2, 0);
     expect(ab_dequantize(w.blob, w.bytes, 2, 1, 1, AB_F32, &y, 1) == AB_BAD_SHAPE || w.shape.levels == AB_CODEBOOK, "first", w.shape, 2, 0);
     std::vector<char> copy(static_cast<char *>(w.blob), static_cast<char *>(w.blob) + w.bytes);

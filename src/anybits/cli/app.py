@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -15,4 +16,21 @@ app = typer.Typer(
 )
 console = Console()
 
+
+def _keep_activation_bits(given: int | None) -> int | None:
+    if given not in (None, 8, 16):
+        raise typer.BadParameter(f"{given} is not allowed: choose 16 or 8")
+    if given is not None:
+        os.environ["ANYBITS_CPU_ACTIVATION_BITS"] = str(given)
+    return given
+
+
+ActivationBits = Annotated[
+    int | None,
+    typer.Option(
+        help="Bits of activations in CPU kernels: 16, or 8: faster with many rows, less exact. Default: 16.",
+        callback=_keep_activation_bits,
+        show_default=False,
+    ),
+]
 Model = Annotated[str, typer.Argument(help="Folder of a quantized model.", show_default=False)]

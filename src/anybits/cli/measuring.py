@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from anybits.cli.app import Model, app, console
+from anybits.cli.app import ActivationBits, Model, app, console
 from anybits.config import Single
 from anybits.errors import AnybitsError
 
@@ -38,6 +38,7 @@ def evaluate(
     ] = None,
     json_: Annotated[Path | None, typer.Option("--json", help="Write the result as JSON.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a plot of perplexity against bytes (PNG).")] = None,
+    activation_bits: ActivationBits = None,
 ) -> None:
     """Measure perplexity at each precision, and closeness to the float model; or run lm-eval tasks.
 
@@ -143,6 +144,7 @@ def bench(
     layers: Annotated[
         int | None, typer.Option(min=1, help="Layers of their own; others repeat them. Default: what fits (--e2e).")
     ] = None,
+    activation_bits: ActivationBits = None,
 ) -> None:
     """Time the kernels: beside torch's bf16 product and the read bandwidth of the same run, correctness first.
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from anybits.cli.app import Model, app, console
+from anybits.cli.app import ActivationBits, Model, app, console
 from anybits.errors import AnybitsError
 
 
@@ -30,6 +30,7 @@ def generate(
     static_cache: Annotated[
         bool | None, typer.Option(help="Decode in a cache of fixed size: CUDA graphs on a GPU. Default: on a GPU.")
     ] = None,
+    activation_bits: ActivationBits = None,
 ) -> None:
     """Continue a prompt at one precision; only the planes of that precision are read from disk.
 
@@ -93,12 +94,14 @@ def serve(
     chat_template: Annotated[Path | None, typer.Option(help="Jinja file to use instead of the model's.")] = None,
     dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    activation_bits: ActivationBits = None,
 ) -> None:
     """Serve MODEL over OpenAI's API; every request chooses its precision, and a chat page is at /.
 
     Example: `anybits serve llama-any --port 8000 --precision auto --target-tpot-ms 50`
     """
     chosen = dict(locals())  # the parameters are named like the fields of Options
+    del chosen["activation_bits"]  # the kernels' setting
     import importlib.util
     import logging
 

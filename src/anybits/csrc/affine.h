@@ -7,14 +7,14 @@
 
 namespace {
 
-constexpr int WIDE_TABLE = 256, FAST_TABLE = 128;  // bytes of a step's tables: 8 of 16 entries, one or two bytes each
+constexpr int WIDE_TABLE = 256, SHORT_TABLE = 128;  // bytes of a step's tables: 8 of 16 entries, one or two bytes each
 
 // How entries are kept: one byte, two bytes of two tables, or whole 16-bit numbers for two rows of x and more.
-enum Entries { FAST_BYTES, TWO_BYTES, WORDS };
+enum Entries { ONE_BYTE, TWO_BYTES, WORDS };
 
-constexpr int table_of(Entries entries) { return entries == FAST_BYTES ? FAST_TABLE : WIDE_TABLE; }
+constexpr int table_of(Entries entries) { return entries == ONE_BYTE ? SHORT_TABLE : WIDE_TABLE; }
 
-constexpr float WIDE_LIMIT = 255.0f * 127.0f, FAST_LIMIT = 127.0f;
+constexpr float WIDE_LIMIT = 255.0f * 127.0f, SHORT_LIMIT = 127.0f;
 
 template <class I>
 void load_x(const Call &c, int row, float *out, int64_t padded) {
@@ -96,7 +96,7 @@ inline Grid affine_block(const Call &c, float *x, int64_t columns, float *sum) {
         peak = small ? peak_of_fours(x, columns, sum) : I::peak_of_pairs(x, columns, sum);
     else
         peak = peak_of_fours(x, columns, sum);
-    Grid grid = grid_of(peak, *sum, small ? FAST_LIMIT : WIDE_LIMIT, exact);
+    Grid grid = grid_of(peak, *sum, small ? SHORT_LIMIT : WIDE_LIMIT, exact);
     if (!(grid.inverse > 0)) {
         memset(x, 0, static_cast<size_t>(columns) * sizeof(float));
     } else if (exact) {
@@ -120,7 +120,7 @@ void affine_activations(const Call &c, int row, float *floats) {
     const Header *h = c.weight;
     const int64_t padded = h->steps * STEP;
     const bool wide = c.form != SHORT_TABLES;
-    const int64_t table = wide ? WIDE_TABLE : FAST_TABLE;
+    const int64_t table = wide ? WIDE_TABLE : SHORT_TABLE;
     load_x<I>(c, row, floats, padded);
     uint8_t *out = c.tables + row * c.table_stride;
     for (int64_t block = 0; block < h->blocks; block++) {

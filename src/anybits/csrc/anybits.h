@@ -58,9 +58,10 @@ int ab_blob_levels(void *blob, int64_t blob_bytes, int precision, const void *sc
 int ab_blob_steps(void *blob, int64_t blob_bytes, int precision, const float *scale_steps, const float *offset_steps);
 
 // y [M, N] = x [M, K] * W_p^T; 1 <= M <= 64; rows of x are x_stride elements apart, y is contiguous.
-// row_precisions: NULL, or int32 [M] that overrides `precision` per row. fast: int8 instead of int16 tables.
+// row_precisions: NULL, or int32 [M] that overrides `precision` per row. activation_bits: 16, or 8 where speed counts
+// more than an error below 1e-2.
 int ab_matmul(const void *blob, int64_t blob_bytes, const void *x, int dtype, int64_t rows, int64_t in_features,
-              int64_t x_stride, int precision, const int32_t *row_precisions, void *y, int fast, int threads);
+              int64_t x_stride, int precision, const int32_t *row_precisions, void *y, int activation_bits, int threads);
 
 // Rows first ... first + count - 1 of W_p. Affine writes W_p^T as [K, count], codebook W_p as [count, K].
 // dtype: AB_F32 or AB_BF16. `first` is a multiple of ab_tile_rows.

@@ -195,7 +195,7 @@ struct Avx512 : FourteenBits {
                                                                    const uint8_t *const *T, F (*sums)[1]) {
         const V nibble = _mm512_set1_epi32(0x0f0f0f0f), one = _mm512_set1_epi8(1);
         const V place = _mm512_set1_epi32(WIDE ? 0x30102000 : 0x30201000);
-        constexpr int TABLE = WIDE ? WIDE_TABLE : FAST_TABLE;
+        constexpr int TABLE = WIDE ? WIDE_TABLE : SHORT_TABLE;
         V high[MC][2], low[MC][2];
         for (int m = 0; m < MC; m++) high[m][0] = high[m][1] = low[m][0] = low[m][1] = _mm512_setzero_si512();
 #pragma GCC unroll 4

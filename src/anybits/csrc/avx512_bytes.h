@@ -345,7 +345,7 @@ struct Avx512Instance {
     static Form form(const Call &c) {
         const int highest = c.segments[0].precision;
         const bool bytes = highest <= BYTE_PLANES && (c.weight->shape.levels == AB_CODEBOOK || c.rows >= BYTE_LEVELS_ROWS[highest]);
-        return c.fast && bytes ? BYTES : Exact::form(c);
+        return c.eight_bits && bytes ? BYTES : Exact::form(c);
     }
     static void activations(const Call &c, int row, float *floats) {
         if (c.form != BYTES) return Exact::activations(c, row, floats);

@@ -31,7 +31,7 @@ struct Call {
     const Segment *segments;
     int segment_count;
     void *y;
-    bool fast;        // 8 bits will do for activations
+    bool eight_bits;  // will do for activations
     Form form;        // what Kernels::form makes of that
     uint8_t *tables;  // affine: sums of 4 activations, looked up; codebook: the int16 activations; BYTES: int8 ones
     int64_t table_stride;

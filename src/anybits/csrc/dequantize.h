@@ -156,7 +156,7 @@ void dequantize_rows(const Header *h, int precision, int64_t first, int64_t coun
 // The table of one instruction set: every function above, compiled with its flags.
 template <class I>
 struct Instance {
-    static Form form(const Call &c) { return c.fast && c.weight->shape.levels == AB_AFFINE ? SHORT_TABLES : EXACT; }
+    static Form form(const Call &c) { return c.eight_bits && c.weight->shape.levels == AB_AFFINE ? SHORT_TABLES : EXACT; }
     static void activations(const Call &c, int row, float *floats) {
         if (c.weight->shape.levels == AB_AFFINE)
             affine_activations<I>(c, row, floats);
@@ -167,7 +167,7 @@ struct Instance {
         if (c.weight->shape.levels == AB_CODEBOOK)
             codebook_multiply<I>(c, first, last, scratch);
         else if (c.form == SHORT_TABLES)
-            affine_by_dtype<I, FAST_BYTES>(c, first, last, scratch);
+            affine_by_dtype<I, ONE_BYTE>(c, first, last, scratch);
         else if (I::WORD_ENTRIES && c.rows > 1)
             affine_by_dtype<I, I::WORD_ENTRIES ? WORDS : TWO_BYTES>(c, first, last, scratch);
         else

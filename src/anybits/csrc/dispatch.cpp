@@ -269,7 +269,8 @@ extern "C" int ab_isa_best(void) {
 extern "C" int ab_use_openmp(const char *library) { return threads_use(library); }
 
 extern "C" int ab_matmul(const void *blob, int64_t blob_bytes, const void *x, int dtype, int64_t rows, int64_t in_features,
-                         int64_t x_stride, int precision, const int32_t *row_precisions, void *y, int fast, int threads) {
+                         int64_t x_stride, int precision, const int32_t *row_precisions, void *y, int activation_bits,
+                         int threads) {
     int status = blob_check(blob, blob_bytes);
     if (status != AB_OK) return status;
     const Header *h = header_of(blob);
@@ -283,7 +284,7 @@ extern "C" int ab_matmul(const void *blob, int64_t blob_bytes, const void *x, in
     Segment segments[AB_MAX_PLANES];
     Call c = {};
     c.weight = h, c.x = x, c.dtype = dtype, c.x_stride = x_stride, c.rows = static_cast<int>(rows), c.y = y;
-    c.fast = fast;
+    c.eight_bits = activation_bits <= 8;
     c.segment_count = sort_rows(row_precisions, precision, c.rows, order, segments);
     c.order = order, c.segments = segments;
     return run(c, kernels, threads < 1 ? 1 : threads);

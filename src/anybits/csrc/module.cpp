@@ -81,7 +81,7 @@ PyObject *blob_steps(PyObject *, PyObject *const *args, Py_ssize_t given) {
     return PyLong_FromLong(status);
 }
 
-// Products of one x: after x, dtype, rows, k, stride, row precisions, fast and threads come, for each weight, its blob, bytes,
+// Products of one x: after x, dtype, rows, k, stride, row precisions, activation bits and threads come, for each weight, its blob, bytes,
 // precision and y.
 PyObject *products(PyObject *, PyObject *const *args, Py_ssize_t given) {
     constexpr Py_ssize_t SHARED = 8, EACH = 4, MOST = 8;
@@ -97,7 +97,7 @@ PyObject *products(PyObject *, PyObject *const *args, Py_ssize_t given) {
     for (Py_ssize_t i = 0; i < weights && status == AB_OK; i++) {
         const long long *w = v + SHARED + EACH * i;
         status = ab_matmul(pointer<void>(w[0]), w[1], pointer<void>(v[0]), static_cast<int>(v[1]), v[2], v[3], v[4],
-                           static_cast<int>(w[2]), pointer<const int32_t>(v[5]), pointer<void>(w[3]), v[6] != 0,
+                           static_cast<int>(w[2]), pointer<const int32_t>(v[5]), pointer<void>(w[3]), static_cast<int>(v[6]),
                            static_cast<int>(v[7]));
     }
     Py_END_ALLOW_THREADS;

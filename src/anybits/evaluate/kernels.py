@@ -55,6 +55,7 @@ class KernelTiming:
     bandwidth_share: float
     speedup_vs_bf16: float
     error: float
+    activation_bits: int = 16
 
 
 @dataclass(frozen=True)
@@ -177,6 +178,7 @@ def _time_shape(
         yield KernelTiming(
             shape, m, c.precision, c.method, c.backend, round(median * 1e6, 1), c.bytes, round(rate / 1e9, 2),
             round(rate / bandwidth, 3), round(reference / median, 2), c.error,
+            cpu.CpuBackend().activation_bits(),
         )  # fmt: skip
 
 

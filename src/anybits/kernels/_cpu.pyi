@@ -24,7 +24,7 @@ def products(
     k: int,
     stride: int,
     row_precisions: int | None,
-    fast: int,
+    activation_bits: int,
     threads: int,
     *blob_bytes_precision_y: int,
 ) -> int: ...

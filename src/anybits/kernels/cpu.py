@@ -27,6 +27,9 @@ _LEVEL_DTYPES = _DTYPES | {torch.int8: 3}
 _AFFINE, _CODEBOOK = 0, 1
 _HUGE_PAGE = 2 << 20
 
+ACTIVATION_BITS = "ANYBITS_CPU_ACTIVATION_BITS"
+"""The environment variable that says in how many bits activations are kept."""
+
 MAX_KERNEL_ROWS = 64
 """Rows of x in one pass of the kernel (AB_MAX_ROWS); more rows are several passes."""
 
@@ -125,16 +128,17 @@ def isa_number(name: str | None = None) -> int:
 class CpuBackend:
     """Multiplies straight from repacked planes.
 
-    isa: one of ISAS, or None for ANYBITS_CPU_ISA or else the best of this machine; fast: activations in 8 bits
-    (relative error below 1e-2 instead of 1e-4; docs/kernels.md says where it has an effect), None for ANYBITS_CPU_FAST.
+    isa: one of ISAS, or None for ANYBITS_CPU_ISA or else the best of this machine; activation_bits: 16, or 8, with
+    which products of many rows, or of codebooks, are up to twice as fast (relative error about 1e-2 instead of 1e-4;
+    docs/kernels.md says where it has an effect), or None for ANYBITS_CPU_ACTIVATION_BITS or else 16.
     """
 
     name = "cpu"
     device_type: str | None = "cpu"
 
-    def __init__(self, isa: str | None = None, fast: bool | None = None) -> None:
+    def __init__(self, isa: str | None = None, activation_bits: int | None = None) -> None:
         self._isa = isa
-        self._fast = fast
+        self._activation_bits = activation_bits
 
     def unsupported(self, weight: PlaneWeight, device: torch.device) -> str | None:
         """Return why not, or None: any PlaneWeight on a CPU, if the kernels were compiled at install."""
@@ -183,20 +187,23 @@ class CpuBackend:
         """Return x `[M, K]` @ W_p.T as `[M, N]` in x's dtype (fp32, bf16 or fp16), accumulated in float32."""
         rows = None if isinstance(precision, int) else precision
         wanted = precision if isinstance(precision, int) else 0
-        fast = self.fast_tables()
+        bits = self.activation_bits()
         if x.requires_grad and torch.is_grad_enabled():
-            return _Product.apply(x, prepared, wanted, rows, fast)
+            return _Product.apply(x, prepared, wanted, rows, bits)
         run = torch.ops.anybits.cpu_matmul if torch.compiler.is_compiling() or type(x) is not torch.Tensor else _matmul
-        return run(x, prepared.blob, prepared.out_features, wanted, rows, fast)
+        return run(x, prepared.blob, prepared.out_features, wanted, rows, bits)
 
-    def fast_tables(self) -> bool:
-        """Return whether activations are kept in 8 bits."""
-        return _fast_by_environment() if self._fast is None else self._fast
+    def activation_bits(self) -> int:
+        """Return in how many bits activations are kept: 16 or 8."""
+        return _activation_bits_by_environment() if self._activation_bits is None else self._activation_bits
 
 
 @cache
-def _fast_by_environment() -> bool:
-    return os.environ.get("ANYBITS_CPU_FAST", "0") not in ("", "0")
+def _activation_bits_by_environment() -> int:
+    given = os.environ.get(ACTIVATION_BITS, "") or "16"
+    if given not in ("16", "8"):
+        raise AnybitsError(f"{ACTIVATION_BITS}={given} is not allowed: choose 16 or 8")
+    return int(given)
 
 
 def _common_dtype(levels: Levels) -> torch.dtype:
@@ -237,14 +244,18 @@ def _matmul(
     out_features: int,
     precision: int,
     rows: torch.Tensor | None,
-    fast: bool,
+    activation_bits: int,
 ) -> torch.Tensor:
     """The body of anybits::cpu_matmul."""
     count, columns = x.shape
     dtype = _DTYPES.get(x.dtype, -1)
     if rows is not None:
         rows = _checked_rows(rows, count)
-    if dtype < 0 or count == 0 or (count >= LEAST_DENSE_ROWS and _dense_is_faster(x, blob, precision, rows, fast)):
+    if (
+        dtype < 0
+        or count == 0
+        or (count >= LEAST_DENSE_ROWS and _dense_is_faster(x, blob, precision, rows, activation_bits))
+    ):
         return _dense(x, blob, out_features, precision, rows)
     if x.stride(1) != 1:
         x = x.contiguous()
@@ -259,7 +270,7 @@ def _matmul(
             columns,
             stride,
             None if rows is None else rows.data_ptr() + 4 * first,
-            fast,
+            activation_bits,
             threads,
             *source,
             precision,
@@ -271,12 +282,12 @@ def _matmul(
 
 
 def _dense_is_faster(
-    x: torch.Tensor, blob: torch.Tensor, precision: int, rows: torch.Tensor | None, fast: bool
+    x: torch.Tensor, blob: torch.Tensor, precision: int, rows: torch.Tensor | None, activation_bits: int
 ) -> bool:
     header = _header(blob)
     highest = precision if rows is None else int(rows.max())
     isa = ISAS[header.isa]
-    if not 1 <= highest <= 8 or (fast and highest <= BYTE_PLANES and isa in ("avx512", "amx")):
+    if not 1 <= highest <= 8 or (activation_bits == 8 and highest <= BYTE_PLANES and isa in ("avx512", "amx")):
         return False
     limit = DENSE_ROWS[isa, header.affine][highest]
     if rows is not None:
@@ -376,10 +387,15 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, prepared: PackedWeight, precision: int, rows: torch.Tensor | None, fast: bool
+        ctx: Any,
+        x: torch.Tensor,
+        prepared: PackedWeight,
+        precision: int,
+        rows: torch.Tensor | None,
+        activation_bits: int,
     ) -> torch.Tensor:
         ctx.saved = prepared, precision, rows
-        return _matmul(x, prepared.blob, prepared.out_features, precision, rows, fast)
+        return _matmul(x, prepared.blob, prepared.out_features, precision, rows, activation_bits)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -399,14 +415,14 @@ def _fake_matmul(
     out_features: int,
     precision: int,
     rows: torch.Tensor | None,
-    fast: bool,
+    activation_bits: int,
 ) -> torch.Tensor:
     return x.new_empty(x.shape[0], out_features)
 
 
 _operators = torch.library.Library("anybits", "FRAGMENT")
 _operators.define(
-    "cpu_matmul(Tensor x, Tensor blob, int out_features, int precision, Tensor? rows, bool fast) -> Tensor"
+    "cpu_matmul(Tensor x, Tensor blob, int out_features, int precision, Tensor? rows, int activation_bits) -> Tensor"
 )
 _operators.impl("cpu_matmul", _matmul, "CPU")
 torch.library.register_fake("anybits::cpu_matmul", _fake_matmul, lib=_operators)

@@ -58,11 +58,8 @@ def products(
         made.append(y)
         blob = weight.blob
         arguments += (blob.data_ptr(), blob.numel(), precision, y.data_ptr())
-    _check(
-        cpu.loaded().products(
-            x.data_ptr(), _BF16, x.numel() // k, k, k, None, backend.fast_tables(), torch.get_num_threads(), *arguments
-        )
-    )  # fmt: skip
+    bits, threads = backend.activation_bits(), torch.get_num_threads()
+    _check(cpu.loaded().products(x.data_ptr(), _BF16, x.numel() // k, k, k, None, bits, threads, *arguments))
     return made
 
 
