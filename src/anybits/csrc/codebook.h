@@ -282,7 +282,7 @@ void codebook_few_rows(const Call &c, const Segment &s, int64_t n, int64_t count
 // Whether storing codes costs less than looking them up again for every four rows of x: measured on Zen 4, docs/kernels.md.
 inline bool shares_codes(const Call &c) {
     if (c.segment_count > 1) return c.rows >= 8;
-    return c.rows >= 16 || (c.rows > 4 && c.segments[0].precision >= 5);
+    return c.rows >= (c.form == BYTES ? 8 : 16) || (c.rows > 4 && c.segments[0].precision >= 5);
 }
 
 // The totals of the partial sums of `count` output rows, `stride` floats apart.
