@@ -212,6 +212,72 @@ void affine_tile(const Header *h, int precision, int64_t tile, int64_t first, in
         for (int f = 0; f < FV; f++) I::store(chunk.y[m] + f * I::LANES, y[m][f]);
 }
 
+// Rows of x that go through a tile together at several precisions: a plane's sums are looked up for the rows that read the
+// plane, and only their scales differ. The same operations in the same order for each row as in affine_tile.
+template <int MC>
+struct MixedChunk : Chunk<MC> {
+    int precision[MC];  // the highest first; 0 for places without a row
+};
+
+template <class I, Entries E, int DTYPE, int STEPS>
+void affine_mixed_tile(const Header *h, int64_t tile, int64_t first, int64_t last, const MixedChunk<I::LOOKUP_ROWS> &chunk,
+                       int64_t prefetch) {
+    using F = typename I::F;
+    constexpr int FV = I::TILE / I::LANES, MC = I::LOOKUP_ROWS, TABLE = table_of(E);
+    static_assert(MC <= 4, "a case is missing below");
+    const int64_t level_bytes = I::TILE * level_size(DTYPE), block_steps = h->block_columns / STEP, step_bytes = I::TILE * 4;
+    const uint8_t *planes = plane_at(h, 0, tile);
+    for (int64_t block = first; block < last; block++) {
+        const int64_t step = block * block_steps, group = block / h->blocks_per_group;
+        const int steps = STEPS ? STEPS : static_cast<int>(h->steps - step < block_steps ? h->steps - step : block_steps);
+        const uint8_t *at = planes + step * step_bytes, *tables[MC] = {}, *level[MC] = {};
+        const float *steps_of_rows[MC] = {};
+        F z[MC][FV];
+        for (int m = 0; m < MC; m++) {
+            const int p = chunk.precision[m];
+            for (int f = 0; f < FV; f++) z[m][f] = I::zero();
+            if (!p) continue;
+            tables[m] = chunk.tables[m] + step * TABLE;
+            level[m] = affine_levels_at(h, p, tile) + group * affine_entries(h->shape, p) * level_bytes;
+            steps_of_rows[m] = affine_steps_at(h, p, tile);
+        }
+        for (int b = 0; b < chunk.precision[0]; b++, at += h->plane_stride) {
+            for (int64_t i = 0; i < steps * step_bytes; i += 64) fetch_ahead(at + prefetch + i);
+            F sums[MC][FV];
+            int readers = 1;
+            while (readers < MC && chunk.precision[readers] > b) readers++;
+            if (readers == 1)
+                I::template lookup<1, E, STEPS>(at, steps, tables, sums);
+            else if (readers == 2 || MC == 2)
+                I::template lookup<MC < 2 ? 1 : 2, E, STEPS>(at, steps, tables, sums);
+            else if (readers == 3 || MC == 3)
+                I::template lookup<MC < 3 ? 1 : 3, E, STEPS>(at, steps, tables, sums);
+            else
+                I::template lookup<MC < 4 ? 1 : 4, E, STEPS>(at, steps, tables, sums);
+            for (int m = 0; m < MC; m++) {
+                if (m >= readers) break;
+                for (int f = 0; f < FV; f++) {
+                    const F scale = level_in_steps<I, DTYPE>(level[m] + b * level_bytes, steps_of_rows[m] + b * I::TILE, f);
+                    z[m][f] = I::fma(scale, sums[m][f], z[m][f]);
+                }
+            }
+        }
+        for (int m = 0; m < MC; m++) {
+            const int p = chunk.precision[m];
+            if (!p) continue;
+            for (int f = 0; f < FV; f++) {
+                float *to = chunk.y[m] + f * I::LANES;
+                F y = I::fma(z[m][f], I::set1(chunk.scales[m][block]), I::load(to));
+                if (h->shape.has_offsets) {
+                    const F offset = level_in_steps<I, DTYPE>(level[m] + p * level_bytes, steps_of_rows[m] + p * I::TILE, f);
+                    y = I::fma(offset, I::set1(chunk.sums[m][block]), y);
+                }
+                I::store(to, y);
+            }
+        }
+    }
+}
+
 template <class I>
 void store_rows(const Call &c, int row, int64_t column, const float *values, int64_t count) {
     const int64_t at = row * c.weight->shape.out_features + column;
@@ -241,45 +307,69 @@ struct Piece {
     int64_t prefetch;
 };
 
+// Whether a table block is four whole steps everywhere.
+inline bool even_blocks(const Header *h) { return h->block_columns == TABLE_COLUMNS && h->steps % 4 == 0; }
+
+template <class I, int MC>
+inline void set_row(const Call &c, Chunk<MC> &chunk, int m, int position, int64_t t, float *scratch) {
+    const int row = c.order[position];
+    chunk.tables[m] = c.tables + row * c.table_stride;
+    chunk.scales[m] = c.scales + row * c.scale_stride;
+    chunk.sums[m] = c.sums + row * c.scale_stride;
+    chunk.y[m] = scratch + (t * c.rows + position) * I::TILE;
+}
+
 template <class I, int MC, Entries E, int DTYPE>
-void affine_chunk(const Call &c, const Segment &s, int position, const Piece &piece, float *scratch) {
+void affine_chunk(const Call &c, int precision, int position, const Piece &piece, float *scratch) {
     const Header *h = c.weight;
-    const bool even = h->block_columns == TABLE_COLUMNS && h->steps % 4 == 0;
     for (int64_t t = 0; t < piece.tiles; t++) {
         Chunk<MC> chunk;
-        for (int m = 0; m < MC; m++) {
-            const int row = c.order[position + m];
-            chunk.tables[m] = c.tables + row * c.table_stride;
-            chunk.scales[m] = c.scales + row * c.scale_stride;
-            chunk.sums[m] = c.sums + row * c.scale_stride;
-            chunk.y[m] = scratch + (t * c.rows + position + m) * I::TILE;
+        for (int m = 0; m < MC; m++) set_row<I>(c, chunk, m, position + m, t, scratch);
+        const int64_t tile = piece.tile + t;
+        if (even_blocks(h))
+            affine_tile<I, MC, E, DTYPE, 4>(h, precision, tile, piece.first, piece.last, chunk, piece.prefetch);
+        else
+            affine_tile<I, MC, E, DTYPE, 0>(h, precision, tile, piece.first, piece.last, chunk, piece.prefetch);
+    }
+}
+
+// `precisions`: of the rows at `position` and behind it, 0 after the last.
+template <class I, Entries E, int DTYPE>
+void affine_mixed_chunk(const Call &c, const int *precisions, int position, const Piece &piece, float *scratch) {
+    const Header *h = c.weight;
+    for (int64_t t = 0; t < piece.tiles; t++) {
+        MixedChunk<I::LOOKUP_ROWS> chunk = {};
+        for (int m = 0; m < I::LOOKUP_ROWS; m++) {
+            chunk.precision[m] = precisions[m];
+            if (precisions[m]) set_row<I>(c, chunk, m, position + m, t, scratch);
         }
         const int64_t tile = piece.tile + t;
-        if (even)
-            affine_tile<I, MC, E, DTYPE, 4>(h, s.precision, tile, piece.first, piece.last, chunk, piece.prefetch);
+        if (even_blocks(h))
+            affine_mixed_tile<I, E, DTYPE, 4>(h, tile, piece.first, piece.last, chunk, piece.prefetch);
         else
-            affine_tile<I, MC, E, DTYPE, 0>(h, s.precision, tile, piece.first, piece.last, chunk, piece.prefetch);
+            affine_mixed_tile<I, E, DTYPE, 0>(h, tile, piece.first, piece.last, chunk, piece.prefetch);
     }
 }
 
 template <class I, Entries E, int DTYPE>
 void affine_piece(const Call &c, Piece piece, float *scratch) {
     constexpr int MOST = E == TWO_BYTES && I::WORD_ENTRIES ? 1 : I::LOOKUP_ROWS;
-    for (int i = 0; i < c.segment_count; i++) {
-        const Segment &s = c.segments[i];
-        for (int done = 0, taken; done < s.count; done += taken) {
-            const int position = s.first + done;
-            taken = s.count - done < MOST ? s.count - done : MOST;
-            if (taken == 4)
-                affine_chunk<I, MOST >= 4 ? 4 : 1, E, DTYPE>(c, s, position, piece, scratch);
-            else if (taken == 3)
-                affine_chunk<I, MOST >= 3 ? 3 : 1, E, DTYPE>(c, s, position, piece, scratch);
-            else if (taken == 2)
-                affine_chunk<I, MOST >= 2 ? 2 : 1, E, DTYPE>(c, s, position, piece, scratch);
-            else
-                affine_chunk<I, 1, E, DTYPE>(c, s, position, piece, scratch);
-            piece.prefetch = 0;  // the planes of this piece are in the cache from now on
-        }
+    int precisions[AB_MAX_ROWS + MOST] = {0};
+    for (int i = 0; i < c.segment_count; i++)
+        for (int m = 0; m < c.segments[i].count; m++) precisions[c.segments[i].first + m] = c.segments[i].precision;
+    for (int position = 0; position < c.rows; position += MOST) {
+        const int taken = c.rows - position < MOST ? c.rows - position : MOST, p = precisions[position];
+        if (MOST > 1 && precisions[position + taken - 1] != p)
+            affine_mixed_chunk<I, E, DTYPE>(c, precisions + position, position, piece, scratch);
+        else if (taken == 4)
+            affine_chunk<I, MOST >= 4 ? 4 : 1, E, DTYPE>(c, p, position, piece, scratch);
+        else if (taken == 3)
+            affine_chunk<I, MOST >= 3 ? 3 : 1, E, DTYPE>(c, p, position, piece, scratch);
+        else if (taken == 2)
+            affine_chunk<I, MOST >= 2 ? 2 : 1, E, DTYPE>(c, p, position, piece, scratch);
+        else
+            affine_chunk<I, 1, E, DTYPE>(c, p, position, piece, scratch);
+        piece.prefetch = 0;  // the planes of this piece are in the cache from now on
     }
 }
 
@@ -288,7 +378,7 @@ constexpr int64_t PIECE_COLUMNS = 512;  // columns whose tables, for four rows o
 template <class I, Entries E, int DTYPE>
 void affine_multiply(const Call &c, int64_t first, int64_t last, float *scratch) {
     const Header *h = c.weight;
-    const bool streaming = c.segment_count == 1 && c.rows <= I::LOOKUP_ROWS;
+    const bool streaming = c.rows <= I::LOOKUP_ROWS;
     const int64_t group = streaming ? 1 : TILE_GROUP;
     const int64_t at_once = streaming ? h->blocks : PIECE_COLUMNS / h->block_columns;
     for (int64_t tile = first; tile < last; tile += group) {

@@ -337,14 +337,14 @@ void byte_multiply(const Call &c, int64_t first, int64_t last, float *scratch) {
     }
 }
 
-// Rows of x from which bytes of levels cost less than tables of sums, by the highest precision.
+// Rows of x from which bytes of levels cost less than tables of sums, by the highest precision; levels are made for each one.
 constexpr int BYTE_LEVELS_ROWS[] = {0, 64, 32, 14, 12, 10, 8};
 
 struct Avx512Instance {
     using Exact = Instance<Avx512>;
     static Form form(const Call &c) {
         const int highest = c.segments[0].precision;
-        const bool bytes = highest <= BYTE_PLANES && (c.weight->shape.levels == AB_CODEBOOK || c.rows >= BYTE_LEVELS_ROWS[highest]);
+        const bool bytes = highest <= BYTE_PLANES && (c.weight->shape.levels == AB_CODEBOOK || c.rows >= BYTE_LEVELS_ROWS[highest] * c.segment_count);
         return c.eight_bits && bytes ? BYTES : Exact::form(c);
     }
     static void activations(const Call &c, int row, float *floats) {

@@ -258,13 +258,16 @@ void codebook_rows(const Call &c, int64_t n, int64_t count, float *sums) {
     }
 }
 
+constexpr int64_t FIRST_LEVEL = 32 << 10;  // bytes of activations up to which planes are read in one go
+
 // A segment, up to four rows of x at a time: what is looked up stays in registers, and is looked up again for the next four.
 // Planes are read in one go unless x is too long for the first-level cache.
 template <class I, int P>
 void codebook_few_rows(const Call &c, const Segment &s, int64_t n, int64_t count, float *sums) {
     void (*const row[])(const Call &, const int *, int64_t, int64_t, int64_t, int64_t, float *) = {
         codebook_row<I, P, 1>, codebook_row<I, P, 2>, codebook_row<I, P, 3>, codebook_row<I, P, 4>};
-    const int64_t spans = c.weight->spans, at_once = s.count <= 2 ? spans : PIECE_SPANS;
+    const int64_t spans = c.weight->spans, x_bytes = s.count * spans * SPAN * static_cast<int64_t>(sizeof(typename I::X));
+    const int64_t at_once = x_bytes <= FIRST_LEVEL ? spans : PIECE_SPANS;
     const int64_t ahead = at_once == spans ? STREAM_AHEAD : CODEBOOK_TILE * c.weight->tile_bytes;
     for (int64_t span = 0; span < spans; span += at_once) {
         const int64_t end = span + at_once < spans ? span + at_once : spans;
@@ -281,7 +284,7 @@ void codebook_few_rows(const Call &c, const Segment &s, int64_t n, int64_t count
 
 // Whether storing codes costs less than looking them up again for every four rows of x: measured on Zen 4, docs/kernels.md.
 inline bool shares_codes(const Call &c) {
-    if (c.segment_count > 1) return c.rows >= 8;
+    if (c.segment_count > 1) return c.rows >= 4;
     return c.rows >= (c.form == BYTES ? 8 : 16) || (c.rows > 4 && c.segments[0].precision >= 5);
 }
 
