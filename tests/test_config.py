@@ -89,3 +89,9 @@ def test_much_text_runs_every_other_batch_where_that_is_enough() -> None:
     whole = Recipe(precisions=(2, 3, 4), samples=1000, data_aware=DataAware(thinning=1))
     assert {recipe.every(p) for recipe in (little, best, whole) for p in (2, 3, 4, None)} == {1}
     assert Recipe(precisions=(2, 3, 4), samples=1000, data_aware=DataAware(thinning=5)).every(4) == 5
+
+
+@pytest.mark.parametrize("tokens", [-1, 1000, float("nan")])
+def test_an_expert_needs_a_sensible_number_of_tokens(tokens: float) -> None:
+    with pytest.raises(AnybitsError, match="expert_tokens is .*: it must not be negative, and below 1000"):
+        DataAware(expert_tokens=tokens)
