@@ -32,6 +32,9 @@ def smallest(arch: int) -> Iterator[Kernel]:
     yield dequantization(affine(), 1, 2).kernel
     yield product(affine(), 1, 1, 2, gpu, default).reduction(affine(), 1, 1).kernel
     yield together((affine(), affine(n=1024), affine(n=1024)), 1, 1, 0, gpu, default).launch.kernel
+    yield Kernel("norm.cu", (("DTYPE", 1), ("THREADS", 512)))
+    yield Kernel("gated.cu", (("DTYPE", 1),))
+    yield Kernel("rotary.cu", (("DTYPE", 1),))
 
 
 def representative(arch: int) -> Iterator[Kernel]:

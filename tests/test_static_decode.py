@@ -1,11 +1,13 @@
 """Decoding in a static cache is token for token what it is in a cache that grows; nothing is captured on a CPU."""
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import anybits
 from anybits import AnybitsError, Recipe
@@ -14,9 +16,12 @@ from anybits.integrations.quantizing import quantize_model
 from anybits.integrations.static_decode import StaticDecoder
 from anybits.integrations.static_decode import cache as static
 from anybits.integrations.static_decode.generation import first_positions
+from anybits.kernels import step
+from anybits.kernels.cuda import step as small
 from anybits.kernels.reference import ReferenceBackend
 from anybits.precision import ModelPrecision
-from conftest import save_tiny, tiny_model
+from conftest import ARCHITECTURES as ARCHITECTURE_SETTINGS
+from conftest import save_tiny, tiny_model, tiny_tokenizer
 
 ARCHITECTURES = ["llama", "llama-tied-bias", "qwen3", "mistral", "gemma2", "phi3"]
 NO_END = {"eos_token_id": None, "pad_token_id": 0}
@@ -146,6 +151,50 @@ def test_own_graphs_are_made_for_each_precision_once(model: transformers.PreTrai
     assert set(decoder._graphs) == {(1, 2), (1, 3), (1, 4), (1, None)}
 
 
+def test_small_kernels_take_their_places_in_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU norms, gated activations and rotations run as one kernel each; here torch stands in for them."""
+    calls = Counter()
+
+    def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        calls["norm"] += 1
+        return weight * (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+    def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        calls["gated"] += 1
+        return torch.nn.functional.silu(gate) * up
+
+    def rotate_into(new, angles, cache, slots) -> torch.Tensor:
+        calls["rotary"] += 1
+        dim = cache[0].shape[3]
+        query, key, value = (t.view(*t.shape[:2], -1, dim).transpose(1, 2) for t in new)
+        query, key = apply_rotary_pos_emb(query, key, *angles)
+        cache[0].index_copy_(2, slots, key), cache[1].index_copy_(2, slots, value)
+        return query
+
+    torch.manual_seed(1)
+    settings = ARCHITECTURE_SETTINGS["qwen3"][1] | {"head_dim": 32}
+    transformers.AutoModelForCausalLM.from_config(transformers.Qwen3Config(**settings)).save_pretrained(tmp_path / "f")
+    tiny_tokenizer().save_pretrained(tmp_path / "f")
+    recipe = Recipe(preset="fast", group_size=32, precisions=(2, 3, 4))
+    quantize_model(str(tmp_path / "f"), tmp_path / "any", recipe)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    model = hf.load_model(tmp_path / "any", dtype=torch.bfloat16)
+    monkeypatch.setattr(step, "usable", lambda *tensors: False)
+    for name, function in {"rms_norm": rms_norm, "silu_mul": silu_mul, "rotate_into": rotate_into}.items():
+        monkeypatch.setattr(small, name, function)
+    ids = prompt(2, 30)
+    logits = grown_steps(model, ids, [3, 2, 4])
+    for fused in (False, True):
+        monkeypatch.setattr(small, "usable", lambda *tensors, fused=fused: fused and small._on.get())
+        decoder = decoder_behind(model, ids[:, :27], 32)
+        calls.clear()
+        found = [decoder.forward(ids[:, 27 + i : 28 + i], p) for i, p in enumerate((3, 2, 4))]
+        torch.testing.assert_close(torch.cat(found, dim=1), logits.float(), rtol=0.05, atol=0.05)
+        layers, steps = 2, 4  # the first step runs once more, to compare
+        wanted = {"norm": (4 * layers + 1) * steps, "gated": layers * steps, "rotary": layers * steps}
+        assert dict(calls) == (wanted if fused and step.isa_number() is not None else {})
+
+
 @pytest.mark.parametrize("mutates", [False, True])
 def test_projections_share_launches_unless_the_model_changes_what_they_get(
     llama: transformers.PreTrainedModel, monkeypatch: pytest.MonkeyPatch, mutates: bool
@@ -173,7 +222,7 @@ def test_projections_share_launches_unless_the_model_changes_what_they_get(
         for handle in handles:
             handle.remove()
     torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-4)
-    assert decoder._together is not mutates
+    assert decoder._fused is not mutates
     assert calls == [3, 2] * 2 * (1 if mutates else 3)  # the step that is compared, then both steps
 
 

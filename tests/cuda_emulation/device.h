@@ -218,6 +218,8 @@ DEVICE u32 float_to_bits(float v) {
     return u;
 }
 DEVICE float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+DEVICE float inverse_root(float v) { return 1.0f / sqrtf(v); }
+DEVICE float exponential(float v) { return expf(v); }
 DEVICE int nearest(float v) { return static_cast<int>(rintf(v)); }
 DEVICE float half_to_float(u16 h) {
     const u32 sign = static_cast<u32>(h & 0x8000) << 16, exponent = h >> 10 & 31, fraction = h & 1023;

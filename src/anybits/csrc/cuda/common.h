@@ -35,19 +35,8 @@ struct Args {           // all 8 bytes wide: the host packs them as such
 #endif
 };
 
-constexpr int F16 = 0, BF16 = 1, F32 = 2;
 constexpr int TILE = 16, STEP = 256, UNIT = 128, LANES = 32;
 constexpr int STEP_BYTES = TILE * STEP / 8;  // of one plane: 512, 16 a lane
-
-template <int TYPE> DEVICE float read_float(const u8 *base, i64 index) {
-    if (TYPE == F32) return load(reinterpret_cast<const float *>(base) + index);
-    const u16 v = load(reinterpret_cast<const u16 *>(base) + index);
-    return TYPE == F16 ? half_to_float(v) : bfloat_to_float(v);
-}
-template <int TYPE> DEVICE void write_float(u8 *base, i64 index, float v) {
-    if (TYPE == F32) store(reinterpret_cast<float *>(base) + index, v);
-    else store(reinterpret_cast<u16 *>(base) + index, TYPE == F16 ? float_to_half(v) : float_to_bfloat(v));
-}
 
 // x[row][column ... column + 3] as floats, 0 past the last column.
 template <int TYPE> DEVICE void read_four(const Args &a, i64 row, i64 column, float (&out)[4]) {

@@ -50,6 +50,8 @@ DEVICE int shuffle_xor(int v, int lanes) { return __shfl_xor_sync(0xffffffffu, v
 DEVICE float bits_to_float(u32 v) { return __uint_as_float(v); }
 DEVICE u32 float_to_bits(float v) { return __float_as_uint(v); }
 DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+DEVICE float inverse_root(float v) { return rsqrtf(v); }
+DEVICE float exponential(float v) { return expf(v); }
 DEVICE int nearest(float v) { return __float2int_rn(v); }
 DEVICE float half_to_float(u16 v) {
     float f;

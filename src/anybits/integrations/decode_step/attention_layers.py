@@ -17,8 +17,9 @@ from torch import nn
 from anybits.integrations import transformers as hf
 from anybits.integrations.decode_step import attention as decode_attention
 from anybits.integrations.decode_step.cache import GrowingLayer
-from anybits.integrations.decode_step.modules import agree, with_forward
+from anybits.integrations.decode_step.modules import agree, on_cpu, with_forward
 from anybits.kernels import step
+from anybits.kernels.cuda import step as small
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _NORMS = ("q_norm", "k_norm")
@@ -48,6 +49,17 @@ class _Attention:
             and _holds(past_key_values, self.layer_idx, hidden_states.shape[0])
         ):
             return _step(self, hidden_states, position_embeddings, past_key_values.layers[self.layer_idx]), None
+        if (
+            attention_mask is not None
+            and past_key_values is not None
+            and self.config._attn_implementation in _PLAIN
+            and not (kwargs and (kwargs.get("output_attentions") or not decode_attention.is_plain(kwargs)))
+            and small.usable(hidden_states, *position_embeddings)
+            and position_embeddings[0].shape[-1] == self.head_dim
+            and hasattr(past_key_values.layers[self.layer_idx], "slots")
+        ):
+            layer = past_key_values.layers[self.layer_idx]
+            return _slots_step(self, hidden_states, position_embeddings, attention_mask, layer), None
         return super().forward(  # type: ignore[misc]
             hidden_states,
             position_embeddings=position_embeddings,
@@ -67,12 +79,26 @@ def _holds(cache: Any, layer: int, batch: int) -> bool:
 
 
 def _step(layer: Any, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], cache: GrowingLayer) -> torch.Tensor:
+    return layer.o_proj(step.attend_new(_projected(layer, x), angles, cache.next_place(), layer.scaling))
+
+
+def _projected(layer: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return query, key and value of x, before they are rotated."""
     query, key, value = layer.q_proj(x), layer.k_proj(x), layer.v_proj(x)
     if hasattr(layer, "q_norm"):
         heads = (*x.shape[:2], -1, layer.head_dim)
         query = layer.q_norm(query.view(heads)).view(query.shape)
         key = layer.k_norm(key.view(heads)).view(key.shape)
-    return layer.o_proj(step.attend_new((query, key, value), angles, cache.next_place(), layer.scaling))
+    return query, key, value
+
+
+def _slots_step(
+    layer: Any, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor, cache: Any
+) -> torch.Tensor:
+    """Return the layer's output for x `[B, M, hidden]` over a layer of a static cache, on a GPU."""
+    query = small.rotate_into(_projected(layer, x), angles, (cache.keys, cache.values), cache.slots.new)
+    out, _ = decode_attention.attend(layer, query, cache.keys, cache.values, mask, scaling=layer.scaling)
+    return layer.o_proj(out.reshape(*x.shape[:2], -1))
 
 
 def use_step_attention(model: nn.Module) -> None:
@@ -102,8 +128,8 @@ def _is_attention(module: Any) -> bool:
 def _does_the_same(module: Any) -> bool:
     """Run the layer with small projections of its own and another's class beside the kernel, for one position."""
     dim, heads = module.head_dim, module.num_key_value_groups
-    small = copy.copy(module)
-    small._modules = dict(small._modules)
+    little = copy.copy(module)
+    little._modules = dict(little._modules)
     generator = torch.Generator().manual_seed(dim)
 
     def noise(*shape: int) -> torch.Tensor:
@@ -114,11 +140,14 @@ def _does_the_same(module: Any) -> bool:
     ):
         projection = nn.Linear(sizes[1], sizes[0], bias=False, device="meta")
         projection.weight = nn.Parameter(noise(*sizes) * 0.2, requires_grad=False)
-        small._modules[name] = projection
+        little._modules[name] = projection
+    for name in _NORMS:
+        if name in little._modules:
+            little._modules[name] = on_cpu(little._modules[name])
     turns = torch.rand(1, 1, dim // 2, generator=generator) * 6
     cos, sin = (torch.cat((part, part), dim=-1).bfloat16() for part in (turns.cos(), turns.sin()))
     angles = cos, sin
-    small.layer_idx = 0
+    little.layer_idx = 0
     caches = [hf.DynamicCache(), hf.DynamicCache()]
     past = noise(1, 1, _POSITIONS, dim), noise(1, 1, _POSITIONS, dim)
     for cache in caches:
@@ -126,7 +155,7 @@ def _does_the_same(module: Any) -> bool:
     caches[1].layers[0].__class__ = GrowingLayer
     x = noise(1, 1, _HIDDEN)
     with torch.no_grad():
-        own = small(hidden_states=x, position_embeddings=angles, attention_mask=None, past_key_values=caches[0])[0]
-        ours = _step(small, x, angles, caches[1].layers[0])
+        own = little(hidden_states=x, position_embeddings=angles, attention_mask=None, past_key_values=caches[0])[0]
+        ours = _step(little, x, angles, caches[1].layers[0])
     kept = zip((caches[0].layers[0].keys, caches[0].layers[0].values), caches[1].layers[0].next_place(), strict=True)
     return agree(own, ours) and all(torch.equal(a, b[:, :, :-1]) for a, b in kept)

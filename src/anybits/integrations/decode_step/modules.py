@@ -8,6 +8,7 @@ not bfloat16 on a CPU, outside autograd, runs as before.
 
 from __future__ import annotations
 
+import copy
 import types
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from anybits.kernels import step
+from anybits.kernels.cuda import step as small
 from anybits.linear import PlaneLinear, Siblings
 
 _PROBED_ROWS = 3
@@ -28,6 +30,8 @@ class _Norm:
         """Return `[..., K]` for x `[..., K]`."""
         if step.usable(x, self.weight):
             return step.rms_norm(x, self.weight, _eps(self))
+        if small.usable(x, self.weight):
+            return small.rms_norm(x, self.weight, _eps(self))
         return super().forward(x)  # type: ignore[misc]
 
 
@@ -38,6 +42,8 @@ class _GatedMLP:
         """Return `[..., K]` for x `[..., K]`."""
         if step.usable(x):
             return self.down_proj(step.silu_mul(self.gate_proj(x), self.up_proj(x)))
+        if small.usable(x):
+            return self.down_proj(small.silu_mul(self.gate_proj(x), self.up_proj(x)))
         return super().forward(x)  # type: ignore[misc]
 
 
@@ -56,9 +62,9 @@ TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def use_step_modules(model: Any) -> None:
-    """Let norms, gated MLPs and the output layer of a bfloat16 model on a CPU take the kernels of a decode step.
+    """Let norms, gated MLPs and the output layer of a bfloat16 model take the kernels of a decode step.
 
-    Layers of one x become siblings on any device.
+    The output layer only on a CPU. Layers of one x become siblings on any device and in any dtype.
     """
     for module in model.modules():
         for names in TOGETHER:
@@ -101,13 +107,20 @@ def _is_norm(module: Any) -> bool:
     if not type(module).__name__.endswith("RMSNorm") or isinstance(module, _Norm):
         return False
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, nn.Parameter) or weight.ndim != 1 or not _ours(weight) or list(module.children()):
+    if not isinstance(weight, nn.Parameter) or weight.ndim != 1 or list(module.children()):
+        return False
+    if weight.dtype is not torch.bfloat16 or weight.is_meta:
         return False
     if not (hasattr(module, "variance_epsilon") or hasattr(module, "eps")):
         return False
-    x = _rows(weight.shape[0])
+    x, here = _rows(weight.shape[0]), on_cpu(module)
     with torch.no_grad():
-        return agree(module.forward(x), step.rms_norm(x, weight, _eps(module)))
+        return agree(here.forward(x), step.rms_norm(x, here.weight, _eps(here)))
+
+
+def on_cpu(module: Any) -> Any:
+    """Return a small module, or where its parameters lie elsewhere a copy of it on the CPU."""
+    return module if all(p.device.type == "cpu" for p in module.parameters()) else copy.deepcopy(module).cpu()
 
 
 def _is_gated_mlp(module: Any) -> bool:

@@ -19,14 +19,24 @@ from anybits.kernels.cuda.layout import MAX_WALSH, STEP, TILE, Shape
 
 FOLDER = Path(__file__).parents[2] / "csrc" / "cuda"
 _PARTS = {
-    "signs.cu": ("common.h", "tile.h", "signs.cu"),
-    "codebook.cu": ("common.h", "tile.h", "codebook.cu"),
-    "simple.cu": ("common.h", "weights.h", "simple.cu"),
-    "dequantize.cu": ("common.h", "weights.h", "dequantize.cu"),
-    "reduce.cu": ("common.h", "reduce.cu"),
+    "signs.cu": ("numbers.h", "common.h", "tile.h", "signs.cu"),
+    "codebook.cu": ("numbers.h", "common.h", "tile.h", "codebook.cu"),
+    "simple.cu": ("numbers.h", "common.h", "weights.h", "simple.cu"),
+    "dequantize.cu": ("numbers.h", "common.h", "weights.h", "dequantize.cu"),
+    "reduce.cu": ("numbers.h", "common.h", "reduce.cu"),
+    "norm.cu": ("numbers.h", "norm.cu"),
+    "gated.cu": ("numbers.h", "gated.cu"),
+    "rotary.cu": ("numbers.h", "rotary.cu"),
 }
-ENTRIES = {"signs.cu": "multiply", "codebook.cu": "multiply", "simple.cu": "multiply"} | {
-    name: name.removesuffix(".cu") for name in ("dequantize.cu", "reduce.cu")
+ENTRIES = {
+    "signs.cu": "multiply",
+    "codebook.cu": "multiply",
+    "simple.cu": "multiply",
+    "dequantize.cu": "dequantize",
+    "reduce.cu": "reduce",
+    "norm.cu": "rms_norm",
+    "gated.cu": "silu_mul",
+    "rotary.cu": "rotate_into",
 }
 F32 = 2
 
