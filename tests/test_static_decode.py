@@ -1,12 +1,13 @@
 """Decoding in a static cache is token for token what it is in a cache that grows; nothing is captured on a CPU."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import anybits
@@ -20,6 +21,7 @@ from anybits.kernels import step
 from anybits.kernels.cuda import step as small
 from anybits.kernels.reference import ReferenceBackend
 from anybits.precision import ModelPrecision
+from anybits.weight import PlaneWeight
 from conftest import ARCHITECTURES as ARCHITECTURE_SETTINGS
 from conftest import save_tiny, tiny_model, tiny_tokenizer
 
@@ -96,6 +98,11 @@ def grown_steps(model: transformers.PreTrainedModel, ids: torch.Tensor, wanted: 
     return torch.cat(rows, dim=1)
 
 
+@pytest.fixture(autouse=True)
+def no_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("anybits.integrations.static_decode.decoder.new_pool", lambda device: None)
+
+
 def decoder_behind(model: transformers.PreTrainedModel, ids: torch.Tensor, capacity: int, **more) -> StaticDecoder:
     cache = transformers.DynamicCache(config=model.config)
     with torch.no_grad(), anybits.precision(3):
@@ -140,6 +147,65 @@ def test_a_step_reads_only_memory_that_stays(model: transformers.PreTrainedModel
         seen.add(tuple(t.data_ptr() for t in tensors))
     assert len(seen) == 1
     assert len(decoder._graphs) == 1  # one for all precisions
+
+
+class Recorded(TorchDispatchMode):
+    """What a CUDA graph is, on the CPU: the operators of one run, run again on the tensors that they had."""
+
+    def __init__(self, run: Callable[[], torch.Tensor]) -> None:
+        super().__init__()
+        self.operators: list[tuple] = []
+        with self:
+            self.result = run()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        assert "_local_scalar_dense" not in str(function), "a number was asked for: a GPU would wait, a capture fail"
+        self.operators.append((function, args, kwargs or {}, result))
+        return result
+
+    @torch.no_grad()
+    def __call__(self) -> torch.Tensor:
+        for function, args, kwargs, result in self.operators:
+            if any(r.alias_info is not None for r in function._schema.returns):
+                if function._schema.is_mutable:
+                    function(*args, **kwargs)
+                continue  # a view of memory that is written elsewhere
+            again = function(*args, **kwargs)
+            pairs = zip(result, again, strict=True) if isinstance(result, tuple | list) else [(result, again)]
+            for old, new in pairs:
+                if isinstance(old, torch.Tensor):
+                    old.copy_(new)
+        return self.result
+
+
+def test_a_recorded_step_replays_at_any_position_and_precision(
+    model: transformers.PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The capture's contract without a GPU: nothing in a step depends on Python, nothing asks for a number."""
+
+    def matmul(self, x: torch.Tensor, weight: PlaneWeight, rows: torch.Tensor) -> torch.Tensor:
+        y = x.new_zeros(x.shape[0], weight.out_features)
+        for p in weight.precisions:
+            y = torch.where((rows == p)[:, None], x @ weight.dequantize(p).t(), y)
+        return y
+
+    ids = prompt(2, 60)
+    mixed = torch.tensor([2, 4], dtype=torch.int32)
+    wanted = [3, 2, mixed, 4, 3, mixed.flip(0), 2] * 4  # far past the window of 16 positions
+    logits = grown_steps(model, ids[:, :48], wanted)
+    decoder = decoder_behind(model, ids[:, :20], 64, capture=True)
+    monkeypatch.setattr(ReferenceBackend, "matmul", matmul)
+    made = []
+
+    def graph(step: Callable[[], torch.Tensor], *_: object) -> Recorded:
+        made.append(Recorded(step))
+        return made[-1]
+
+    monkeypatch.setattr("anybits.integrations.static_decode.decoder.Graph", graph)
+    found = [decoder.forward(ids[:, 20 + i : 21 + i], p) for i, p in enumerate(wanted)]
+    torch.testing.assert_close(torch.cat(found, dim=1), logits, rtol=1e-4, atol=1e-4)
+    assert len(made) == 1
 
 
 def test_own_graphs_are_made_for_each_precision_once(model: transformers.PreTrainedModel) -> None:
