@@ -30,7 +30,7 @@ constexpr int PAIRS_PER_ROW = SLICES / 2;
 constexpr bool FEW = COLUMN_TILES <= 2;         // few columns: planes and digits of a step fit into registers
 constexpr int KEPT = FEW ? COLUMN_TILES : 1;
 constexpr int UNIT_UNROLL = FEW && PLANES * COLUMN_TILES <= 12 ? 2 : 1;  // more planes would spill registers
-constexpr int TERM_UNROLL = FEW || WALSH ? TERMS : 1;
+constexpr int TERM_UNROLL = FEW ? TERMS : 1;
 constexpr u32 MAGIC_BITS = 0x4b400000;          // 1.5 * 2^23: as float, integers below 2^22 added to these bits
 constexpr float MAGIC = 12582912.0f;
 
