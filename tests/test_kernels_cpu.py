@@ -276,6 +276,30 @@ def test_activations_in_8_bits_are_those_of_their_row(make):
         assert torch.equal(y[torch.arange(40) != 5], runs[0][torch.arange(40) != 5])
 
 
+@pytest.mark.skipif(
+    LIBRARY is None or not LIBRARY.fuses_bf16(cpu.ISAS.index("avx512")), reason="this machine has no products of bf16"
+)
+@pytest.mark.parametrize("case", [name for name in CASES if name.startswith("affine")])
+def test_many_rows_of_bf16(case, monkeypatch):
+    """What a GEMM with bf16 weights gives, but no GEMM runs: precisions alone and together, all rows in one pass."""
+    monkeypatch.setattr(cpu, "_dense", lambda *_: pytest.fail("a GEMM ran"))
+    weight, backend = CASES[case](), cpu.CpuBackend("avx512", activation_bits=16)
+    packed = backend.prepare(weight)
+    for p in (1, 2, 3, 4):
+        for rows in (33, 130, 515):
+            x = torch.randn(rows, weight.in_features).bfloat16()
+            y = backend.matmul(x, packed, p)
+            assert error(y, x, weight, p) < TOLERANCE[torch.bfloat16], (p, rows)
+            assert torch.equal(y, backend.matmul(x, packed, p))
+    x = torch.randn(600, weight.in_features).bfloat16()
+    precision = torch.randint(1, 5, (600,), dtype=torch.int32)
+    assert error(backend.matmul(x, packed, precision), x, weight, precision) < TOLERANCE[torch.bfloat16]
+    x[7, 5] = float("nan")
+    y = backend.matmul(x, packed, 4)
+    assert not y[7].isfinite().any()
+    assert y[torch.arange(600) != 7].isfinite().all()
+
+
 @pytest.mark.skipif("avx512" not in ISAS, reason="this machine has no products of bytes")
 @pytest.mark.parametrize("make", [affine, codebook])
 def test_8_bits_never_become_a_gemm(make, monkeypatch):

@@ -170,7 +170,7 @@ void check_refusals(const Weight &w) {
     expect(ab_matmul(w.blob, w.bytes - 1, &x, AB_F32, 1, k, k, 2, nullptr, &y, 16, 1) == AB_BAD_BLOB, "short", w.shape, 2, 1);
     expect(ab_matmul(w.blob, w.bytes, &x, AB_F32, 1, k + 1, k, 2, nullptr, &y, 16, 1) == AB_BAD_SHAPE, "k", w.shape, 2, 1);
     expect(ab_matmul(w.blob, w.bytes, &x, AB_F32, 0, k, k, 2, nullptr, &y, 16, 1) == AB_BAD_SHAPE, "rows", w.shape, 2, 0);
-    expect(ab_matmul(w.blob, w.bytes, &x, AB_F32, 65, k, k, 2, nullptr, &y, 16, 1) == AB_BAD_SHAPE, "rows", w.shape, 2, 65);
+    expect(ab_matmul(w.blob, w.bytes, &x, AB_F32, 513, k, k, 2, nullptr, &y, 16, 1) == AB_BAD_SHAPE, "rows", w.shape, 2, 513);
     expect(ab_matmul(w.blob, w.bytes, &x, 7, 1, k, k, 2, nullptr, &y, 16, 1) == AB_BAD_DTYPE, "dtype", w.shape, 2, 1);
     const int32_t bad[] = {-1, 0, 9, 31, 1 << 30};
     for (int32_t p : bad)
@@ -199,6 +199,7 @@ void check_shape(const ab_shape &shape) {
     for (int rows = 7; rows <= 19; rows += 4) check_matmul(w, 5, rows, rows % 8 == 7, false, true);
     for (int p = 2; p <= 8; p += 3) check_matmul(w, p, 1, false, false, true), check_matmul(w, p, 8, p == 5, false, true);
     for (int p = 1; p <= 8; p++) check_matmul(w, p, p % 2 ? 3 : 17, false, true, p % 3 == 0);
+    for (int p = 2; p <= 4; p += 2) check_matmul(w, p, 97, false, false, true);
     for (int rows : {1, 8, 33}) check_matmul(w, 4, rows, true, true), check_matmul(w, 5, rows, false, true, true);
     check_refusals(w);
     free(w.blob);

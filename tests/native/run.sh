@@ -20,9 +20,10 @@ if [ "$mode" != arm ] && [ "$(uname -m)" = x86_64 ]; then
     flags[step_avx2]=${flags[isa_avx2]}
     flags[step_avx512]=${flags[isa_avx512]}
     flags[step_avx512_bf16]="${flags[isa_avx512]} -mavx512bf16"
+    flags[isa_avx512_bf16]=${flags[step_avx512_bf16]}
     flags[isa_amx]="${flags[isa_avx512]} -mamx-tile -mamx-int8"
 fi
-for source in blob dispatch threads isa_portable isa_avx2 isa_avx512 isa_amx isa_neon step step_portable step_avx2 step_avx512 step_avx512_bf16; do
+for source in blob dispatch threads isa_portable isa_avx2 isa_avx512 isa_avx512_bf16 isa_amx isa_neon step step_portable step_avx2 step_avx512 step_avx512_bf16; do
     # shellcheck disable=SC2086
     "${cxx[@]}" ${flags[$source]:-} -c "src/anybits/csrc/$source.cpp" -o "$out/$source.o" &
 done

@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-enum { AB_MAX_PLANES = 8, AB_MAX_ROWS = 64 };
+enum { AB_MAX_PLANES = 8, AB_MAX_ROWS = 512 };
 enum ab_dtype { AB_F32 = 0, AB_BF16 = 1, AB_F16 = 2, AB_I8 = 3 };  // AB_I8: affine levels only
 enum ab_levels { AB_AFFINE = 0, AB_CODEBOOK = 1 };
 enum ab_isa { AB_PORTABLE = 0, AB_AVX2 = 1, AB_AVX512 = 2, AB_NEON = 3, AB_AMX = 4, AB_ISA_COUNT = 5 };
@@ -57,7 +57,7 @@ int ab_blob_levels(void *blob, int64_t blob_bytes, int precision, const void *sc
 // symmetric).
 int ab_blob_steps(void *blob, int64_t blob_bytes, int precision, const float *scale_steps, const float *offset_steps);
 
-// y [M, N] = x [M, K] * W_p^T; 1 <= M <= 64; rows of x are x_stride elements apart, y is contiguous.
+// y [M, N] = x [M, K] * W_p^T; 1 <= M <= 512; rows of x are x_stride elements apart, y is contiguous.
 // row_precisions: NULL, or int32 [M] that overrides `precision` per row. activation_bits: 16, or 8 where speed counts
 // more than an error below 1e-2.
 int ab_matmul(const void *blob, int64_t blob_bytes, const void *x, int dtype, int64_t rows, int64_t in_features,
@@ -74,6 +74,9 @@ int ab_tile_rows(int isa);
 // Whether this build and this machine run `isa`, and the best that they run.
 int ab_isa_usable(int isa);
 int ab_isa_best(void);
+
+// Whether many rows of bf16 x multiply bf16 levels without a matrix of them ever being written.
+int ab_fuses_bf16(int isa);
 
 // Bytes read per second by `threads` threads over `bytes` bytes at `memory`, in `seconds` of one pass.
 double ab_read_seconds(const void *memory, int64_t bytes, int threads);

@@ -172,17 +172,34 @@ inline void fill_levels(const __m512 *scales, int bias, __m512i *out) {
     }
 }
 
-// Four columns of 16 rows: bit `bit` of each byte of the planes' words.
+// Where the levels of four columns of 16 rows stand: the index but for bit 7, and that.
+struct LevelPlaces {
+    __m512i index;
+    __mmask64 upper;
+};
+
+// Of bit `bit` of each byte of the planes' words.
 template <int P>
-inline __m512i find_levels(const __m512i *levels, const __m512i *words, int bit, __m512i rows) {
-    __m512i index = _mm512_or_si512(rows, move_bit(words[0], bit, 0));
-    if constexpr (P >= 2) index = _mm512_or_si512(index, move_bit(words[1], bit, 1));
-    if constexpr (P >= 3) index = _mm512_or_si512(index, move_bit(words[2], bit, 6));
-    if constexpr (P <= 2) return _mm512_permutexvar_epi8(index, levels[0]);
-    if constexpr (P == 3) return _mm512_permutex2var_epi8(levels[0], index, levels[1]);
-    const __mmask64 upper = _mm512_movepi8_mask(move_bit(words[P - 1], bit, 7));
-    const __m512i low = _mm512_permutex2var_epi8(levels[0], index, levels[1]);
-    return _mm512_mask_blend_epi8(upper, low, _mm512_permutex2var_epi8(levels[2], index, levels[3]));
+inline LevelPlaces level_places(const __m512i *words, int bit) {
+    alignas(64) static constexpr uint32_t ROWS[16] = {
+        0x00000000, 0x04040404, 0x08080808, 0x0c0c0c0c, 0x10101010, 0x14141414, 0x18181818, 0x1c1c1c1c,
+        0x20202020, 0x24242424, 0x28282828, 0x2c2c2c2c, 0x30303030, 0x34343434, 0x38383838, 0x3c3c3c3c};
+    LevelPlaces places = {_mm512_or_si512(_mm512_load_si512(ROWS), move_bit(words[0], bit, 0)), 0};
+    if constexpr (P >= 2) places.index = _mm512_or_si512(places.index, move_bit(words[1], bit, 1));
+    if constexpr (P >= 3) places.index = _mm512_or_si512(places.index, move_bit(words[2], bit, 6));
+    if constexpr (P >= 4) places.upper = _mm512_movepi8_mask(move_bit(words[3], bit, 7));
+    return places;
+}
+
+template <int P>
+inline __m512i find_levels(const __m512i *levels, const LevelPlaces &at) {
+    if constexpr (P <= 2) {
+        return _mm512_permutexvar_epi8(at.index, levels[0]);
+    } else {
+        const __m512i low = _mm512_permutex2var_epi8(levels[0], at.index, levels[1]);
+        if constexpr (P == 3) return low;
+        return _mm512_mask_blend_epi8(at.upper, low, _mm512_permutex2var_epi8(levels[2], at.index, levels[3]));
+    }
 }
 
 constexpr int rest_of(int planes) { return planes > 4 ? planes - 4 : 0; }
@@ -214,10 +231,6 @@ void expand_levels(const Header *h, int64_t tile, int64_t block, int64_t ahead, 
     constexpr int REST = rest_of(P);
     const int64_t block_steps = h->block_columns / STEP, first = block * block_steps;
     const int64_t steps = h->steps - first < block_steps ? h->steps - first : block_steps;
-    alignas(64) static constexpr uint32_t PLACES[16] = {
-        0x00000000, 0x04040404, 0x08080808, 0x0c0c0c0c, 0x10101010, 0x14141414, 0x18181818, 0x1c1c1c1c,
-        0x20202020, 0x24242424, 0x28282828, 0x2c2c2c2c, 0x30303030, 0x34343434, 0x38383838, 0x3c3c3c3c};
-    const __m512i rows = _mm512_load_si512(PLACES);
     __m512i levels[5];
     for (int i = 0; i < 5; i++) levels[i] = tables.levels[i];
     const uint8_t *plane = plane_at(h, 0, tile) + first * 64;
@@ -229,8 +242,8 @@ void expand_levels(const Header *h, int64_t tile, int64_t block, int64_t ahead, 
         }
 #pragma GCC unroll 8
         for (int bit = 0; bit < 8; bit++, out += 64) {
-            __m512i v = find_levels<P - REST>(levels, words, bit, rows);
-            if constexpr (REST) v = _mm512_add_epi8(v, find_levels<REST>(levels + 4, words + 4, bit, rows));
+            __m512i v = find_levels<P - REST>(levels, level_places<P - REST>(words, bit));
+            if constexpr (REST) v = _mm512_add_epi8(v, find_levels<REST>(levels + 4, level_places<REST>(words + 4, bit)));
             _mm512_store_si512(out, v);
         }
     }
@@ -319,11 +332,9 @@ void byte_segment(const Call &c, const Segment &s, int64_t tile, int tiles, int6
     }
 }
 
-template <int DTYPE>
-void byte_multiply(const Call &c, int64_t first, int64_t last, float *scratch) {
-    void (*const segment[])(const Call &, const Segment &, int64_t, int, int64_t, int64_t, float *) = {
-        byte_segment<1, DTYPE>, byte_segment<2, DTYPE>, byte_segment<3, DTYPE>,
-        byte_segment<4, DTYPE>, byte_segment<5, DTYPE>, byte_segment<6, DTYPE>};
+// Segment after segment for some blocks of a pair of tiles; `segment` by precision.
+inline void multiply_pairs(const Call &c, int64_t first, int64_t last, float *scratch,
+                           void (*const *segment)(const Call &, const Segment &, int64_t, int, int64_t, int64_t, float *)) {
     const int64_t blocks = c.weight->blocks;
     for (int64_t tile = first; tile < last; tile += 2) {
         const int tiles = last - tile < 2 ? 1 : 2;
@@ -335,6 +346,14 @@ void byte_multiply(const Call &c, int64_t first, int64_t last, float *scratch) {
         }
         store_tiles<Avx512>(c, tile, tiles, scratch);
     }
+}
+
+template <int DTYPE>
+void byte_multiply(const Call &c, int64_t first, int64_t last, float *scratch) {
+    void (*const segment[])(const Call &, const Segment &, int64_t, int, int64_t, int64_t, float *) = {
+        byte_segment<1, DTYPE>, byte_segment<2, DTYPE>, byte_segment<3, DTYPE>,
+        byte_segment<4, DTYPE>, byte_segment<5, DTYPE>, byte_segment<6, DTYPE>};
+    multiply_pairs(c, first, last, scratch, segment);
 }
 
 // Rows of x from which bytes of levels cost less than tables of sums, by the highest precision; levels are made for each one.

@@ -16,8 +16,8 @@ struct Group {
     int64_t tables, scales;  // where their activations begin, in bytes, and their scales, in floats
 };
 
-// What becomes of the activations: what the default needs, tables of sums in 8 bits, or 8-bit numbers.
-enum Form { EXACT, SHORT_TABLES, BYTES };
+// What becomes of the activations: what the default needs, tables of sums in 8 bits, 8-bit numbers, or what they are.
+enum Form { EXACT, SHORT_TABLES, BYTES, BF16 };
 
 // Activations are kept by row of x, whatever precision the row runs at, so that the next layer that reads
 // the same x can use them again.
@@ -33,7 +33,7 @@ struct Call {
     void *y;
     bool eight_bits;  // will do for activations
     Form form;        // what Kernels::form makes of that
-    uint8_t *tables;  // affine: sums of 4 activations, looked up; codebook: the int16 activations; BYTES: int8 ones
+    uint8_t *tables;  // affine: sums of 4 activations, looked up; codebook: the int16 activations; BYTES, BF16: those
     int64_t table_stride;
     float *scales;  // one per table block and row
     float *sums;    // affine: exact sum of a table block
@@ -75,5 +75,6 @@ constexpr int TILE_GROUP = 16;
 const Kernels *kernels_portable();
 const Kernels *kernels_avx2();
 const Kernels *kernels_avx512();
+const Kernels *kernels_avx512_bf16();
 const Kernels *kernels_neon();
 const Kernels *kernels_amx();

@@ -57,7 +57,7 @@ const Kernels *built(int isa) {
         case AB_PORTABLE: return kernels_portable();
 #if defined(__x86_64__)
         case AB_AVX2: return kernels_avx2();
-        case AB_AVX512: return kernels_avx512();
+        case AB_AVX512: return ab_fuses_bf16(isa) ? kernels_avx512_bf16() : kernels_avx512();
         case AB_AMX: return kernels_amx();
 #elif defined(__aarch64__)
         case AB_NEON: return kernels_neon();
@@ -73,7 +73,7 @@ struct Workspace {
     struct Key {
         int64_t x_bytes, k, block, rows;
         int32_t isa, dtype, levels, form;
-        uint8_t order[AB_MAX_ROWS], groups[AB_MAX_ROWS];  // of Batch: positions of rows, and their groups
+        uint16_t order[AB_MAX_ROWS], groups[AB_MAX_ROWS];  // of Batch: positions of rows, and their groups
     } key = {};
 
     ~Workspace() { free(memory); }
@@ -196,7 +196,7 @@ Workspace::Key key_of(const Call &c, int64_t x_bytes) {
     key.isa = h->shape.isa, key.dtype = c.dtype, key.levels = h->shape.levels, key.form = c.form;
     for (int i = 0; i < c.group_count; i++)
         for (int p = c.groups[i].first; p < c.groups[i].first + c.groups[i].count; p++)
-            key.order[p] = static_cast<uint8_t>(c.order[p]), key.groups[p] = static_cast<uint8_t>(i + 1);
+            key.order[p] = static_cast<uint16_t>(c.order[p]), key.groups[p] = static_cast<uint16_t>(i + 1);
     return key;
 }
 
@@ -258,6 +258,15 @@ extern "C" int ab_tile_rows(int isa) {
 }
 
 extern "C" int ab_isa_usable(int isa) { return kernels_of(isa) != nullptr; }
+
+extern "C" int ab_fuses_bf16(int isa) {
+#if defined(__x86_64__)
+    static const bool has = kernels_avx512_bf16() && has_avx512() && __builtin_cpu_supports("avx512bf16");
+    return isa == AB_AVX512 && has;
+#else
+    return isa < 0;
+#endif
+}
 
 extern "C" int ab_isa_best(void) {
     const int best_first[] = {AB_AMX, AB_AVX512, AB_NEON, AB_AVX2};

@@ -198,6 +198,12 @@ PyObject *isa_usable(PyObject *, PyObject *const *args, Py_ssize_t given) {
     return PyBool_FromLong(ab_isa_usable(static_cast<int>(v[0])));
 }
 
+PyObject *fuses_bf16(PyObject *, PyObject *const *args, Py_ssize_t given) {
+    long long v[1];
+    if (!integers(args, given, 1, v)) return nullptr;
+    return PyBool_FromLong(ab_fuses_bf16(static_cast<int>(v[0])));
+}
+
 PyObject *isa_best(PyObject *, PyObject *const *, Py_ssize_t) { return PyLong_FromLong(ab_isa_best()); }
 
 PyObject *use_openmp(PyObject *, PyObject *library) {
@@ -227,6 +233,7 @@ PyMethodDef methods[] = {
     FAST(read_seconds, "Seconds of one reading pass over memory."),
     FAST(tile_rows, "Rows interleaved in a blob of an instruction set."),
     FAST(isa_usable, "Whether this machine runs an instruction set."),
+    FAST(fuses_bf16, "Whether an instruction set multiplies bf16 levels that are never written."),
     FAST(isa_best, "The best instruction set of this machine."),
     {"use_openmp", use_openmp, METH_O, "Use the OpenMP runtime already loaded from this library."},
     {nullptr, nullptr, 0, nullptr},

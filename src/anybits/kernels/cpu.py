@@ -30,8 +30,8 @@ _HUGE_PAGE = 2 << 20
 ACTIVATION_BITS = "ANYBITS_CPU_ACTIVATION_BITS"
 """The environment variable that says in how many bits activations are kept."""
 
-MAX_KERNEL_ROWS = 64
-"""Rows of x in one pass of the kernel (AB_MAX_ROWS); more rows are several passes."""
+PASS_ROWS, LEVEL_PASS_ROWS = 64, 512
+"""Rows of x in one pass of the kernel, and of one that makes levels and multiplies them (AB_MAX_ROWS)."""
 
 DENSE_ROWS = {
     ("amx", True): (0, 90, 90, 64, 48, 40, 36, 32, 30),
@@ -75,6 +75,10 @@ DENSE_ROWS_MIXED = 64
 BYTE_PLANES = 6
 """Precisions up to this one have products of 8-bit activations and levels that are faster than GEMMs for any number
 of rows, on avx512 and amx (csrc/avx512_bytes.h)."""
+
+BF16_PLANES = 4
+"""Precisions of affine levels up to this one have products of bf16 levels that are never written, where the machine has
+AVX512_BF16 (csrc/avx512_bf16.h), for any number of rows."""
 
 SLAB_BYTES = 2 << 20
 """Bytes of one dequantized slab: slabs of 8 MiB took two to four times as long to fill as those of 2 MiB."""
@@ -262,11 +266,12 @@ def _matmul(
     y = torch.empty((count, out_features), dtype=x.dtype)
     run, size, stride = loaded().products, x.element_size(), x.stride(0)
     source, threads = (blob.data_ptr(), blob.numel()), torch.get_num_threads()
-    for first in range(0, count, MAX_KERNEL_ROWS):
+    at_once = PASS_ROWS if count <= PASS_ROWS else _rows_of_a_pass(x, blob, precision, rows, activation_bits)
+    for first in range(0, count, at_once):
         status = run(
             x.data_ptr() + first * stride * size,
             dtype,
-            min(count - first, MAX_KERNEL_ROWS),
+            min(count - first, at_once),
             columns,
             stride,
             None if rows is None else rows.data_ptr() + 4 * first,
@@ -286,13 +291,31 @@ def _dense_is_faster(
 ) -> bool:
     header = _header(blob)
     highest = precision if rows is None else int(rows.max())
-    isa = ISAS[header.isa]
-    if not 1 <= highest <= 8 or (activation_bits == 8 and highest <= BYTE_PLANES and isa in ("avx512", "amx")):
+    if not 1 <= highest <= 8 or _by_bytes(header, highest, activation_bits) or _by_bf16(x, header, highest):
         return False
-    limit = DENSE_ROWS[isa, header.affine][highest]
+    limit = DENSE_ROWS[ISAS[header.isa], header.affine][highest]
     if rows is not None:
         limit = max(limit, min(DENSE_ROWS_MIXED, limit * rows.unique().numel()))
     return x.shape[0] >= limit * (1 if x.dtype == torch.bfloat16 else DENSE_ROWS_FP32)
+
+
+def _by_bytes(header: _Header, highest: int, activation_bits: int) -> bool:
+    """Return whether products of bytes run, for any number of rows."""
+    return activation_bits == 8 and highest <= BYTE_PLANES and ISAS[header.isa] in ("avx512", "amx")
+
+
+def _by_bf16(x: torch.Tensor, header: _Header, highest: int) -> bool:
+    """Return whether many rows multiply bf16 levels that are never written."""
+    fused = header.affine and highest <= BF16_PLANES and x.dtype == torch.bfloat16
+    return fused and bool(loaded().fuses_bf16(header.isa))
+
+
+def _rows_of_a_pass(
+    x: torch.Tensor, blob: torch.Tensor, precision: int, rows: torch.Tensor | None, activation_bits: int
+) -> int:
+    header, highest = _header(blob), precision if rows is None else int(rows.max())
+    levels = header.affine and (_by_bytes(header, highest, activation_bits) or _by_bf16(x, header, highest))
+    return LEVEL_PASS_ROWS if levels else PASS_ROWS
 
 
 def _checked_rows(rows: torch.Tensor, count: int) -> torch.Tensor:
