@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from anybits import cli
+from anybits.kernels import cpu
 from conftest import save_tiny
 
 
@@ -153,6 +154,25 @@ def test_bench_writes_one_json_object_a_line(capsys: pytest.CaptureFixture[str],
     assert all(keys <= set(line) for line in lines)
 
 
+def test_bench_with_activations_in_8_bits(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(cpu.ACTIVATION_BITS, "16")
+    arguments = ("--shapes", "64x512", "--precisions", "4", "--rows", "16", "--rounds", 1, "--json", tmp_path / "b")
+    errors = {}
+    for bits in (16, 8):
+        cpu._activation_bits_by_environment.cache_clear()
+        assert run(capsys, "bench", *arguments, "--activation-bits", bits)[0] == 0
+        lines = [json.loads(line) for line in (tmp_path / "b").read_text().splitlines()]
+        assert {line["activation_bits"] for line in lines} == {bits}
+        errors[bits] = next(line["error"] for line in lines if line["method"] == "anybcq")
+    monkeypatch.setenv(cpu.ACTIVATION_BITS, "12")
+    cpu._activation_bits_by_environment.cache_clear()
+    assert "ANYBITS_CPU_ACTIVATION_BITS=12 is not allowed: choose 16 or 8" in run(capsys, "bench", *arguments)[2]
+    cpu._activation_bits_by_environment.cache_clear()
+    assert cpu.library() is None or errors[16] < errors[8]
+
+
 BAD = {
     "precisions '5-x' cannot be read": ("quantize", "{float}", "-o", "{out}", "--precisions", "5-x"),
     "out of range: 2 to 8 bits": ("quantize", "{float}", "-o", "{out}", "--precisions", "1-4"),
@@ -178,6 +198,7 @@ BAD = {
     "has no config.json": ("inspect", "{text}/.."),
     "rows 'x' must be whole numbers": ("bench", "--rows", "x"),
     "shapes 'x' are unknown": ("bench", "--shapes", "x"),
+    "7 is not allowed: choose 16 or 8": ("bench", "--activation-bits", "7"),
     "No such command": ("quantise",),
     "No such option": ("inspect", "{any}", "--jason"),
 }  # fmt: skip

@@ -141,6 +141,8 @@ class CpuBackend:
     device_type: str | None = "cpu"
 
     def __init__(self, isa: str | None = None, activation_bits: int | None = None) -> None:
+        if activation_bits not in (None, 8, 16):
+            raise AnybitsError(f"activations in {activation_bits} bits are not allowed: choose 16 or 8")
         self._isa = isa
         self._activation_bits = activation_bits
 
