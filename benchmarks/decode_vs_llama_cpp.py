@@ -78,15 +78,15 @@ def theirs(build: Path, folder: Path, layers: tuple[int, ...], context: int) -> 
     return runs
 
 
-def ours(layers: tuple[int, ...], context: int) -> dict[Any, Callable[[int], list[float]]]:
+def ours(layers: tuple[int, ...], context: int, method: str) -> dict[Any, Callable[[int], list[float]]]:
     """Return (layers, precision, head) -> a run of steps; the sizes share the planes of the layers that both have."""
     sizes = end_to_end.MODELS["llama-3.1-8b"]
     most = max(layers)
     model = random_model.llama(sizes, most)
-    end_to_end.put_random_planes(model, "anybcq", list(MIXES))
+    end_to_end.put_random_planes(model, method, list(MIXES))
     random_model.fill(model)
     dense = model.lm_head
-    heads = {"bf16": dense, "planes": end_to_end._random_linear(dense, "anybcq", list(MIXES))}
+    heads = {"bf16": dense, "planes": end_to_end._random_linear(dense, method, list(MIXES))}
     cache, token = random_model.context_of(model, context), torch.tensor([[1]])
     own = list(model.model.layers)
 
@@ -109,7 +109,9 @@ def ours(layers: tuple[int, ...], context: int) -> dict[Any, Callable[[int], lis
     return {(count, p, head): run(count, p, head) for count in layers for p in MIXES for head in heads}
 
 
-def lines(seconds: dict[Any, list[float]], sizes: tuple[int, int], context: int, bandwidth: float) -> list[dict]:
+def lines(
+    seconds: dict[Any, list[float]], sizes: tuple[int, int], context: int, scale_bits: int, bandwidth: float
+) -> list[dict]:
     """Return a line for each precision and kind: milliseconds of a layer, of the rest, and of 32 layers with it."""
     few, many = sizes
     result, whole = [], {}
@@ -124,6 +126,7 @@ def lines(seconds: dict[Any, list[float]], sizes: tuple[int, int], context: int,
                     "table": "decode", "model": "llama-3.1-8b", "precision": p, "context": context,
                     "system": "llama.cpp" if kind == "llama.cpp" else "anybits",
                     "head": "q6_K" if kind == "llama.cpp" else kind, "type": MIXES[p],
+                    "scale_bits": None if kind == "llama.cpp" else scale_bits,
                     "layers": f"{few},{many}", "ms_few": round(short, 2), "ms_many": round(long, 2),
                     "ms_layer": round(layer, 3), "ms_rest": round(short - few * layer, 2),
                     "ms_32": round(whole[p, kind], 1), "speedup": ratio, "read_gb_per_s": round(bandwidth / 1e9, 1),
@@ -155,13 +158,15 @@ def main() -> None:
     parser.add_argument("build", type=Path)
     parser.add_argument("--layers", default="2,8", help="the two sizes")
     parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--scale-bits", type=int, choices=(16, 8), default=16, help="of our scales and offsets")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--wait", type=Path, help="start to measure when this file is there")
     parser.add_argument("--out", type=Path, help="JSON lines, appended to")
     arguments = parser.parse_args()
     few, many = (int(count) for count in arguments.layers.split(","))
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
-        runs = ours((few, many), arguments.context)
+        method = "anybcq" if arguments.scale_bits == 16 else "anybcq-8bit"
+        runs = ours((few, many), arguments.context, method)
         runs |= theirs(arguments.build, Path(folder), (few, many), arguments.context)
         while arguments.wait and not arguments.wait.exists():
             time.sleep(0.1)
@@ -169,7 +174,7 @@ def main() -> None:
         for run in runs.values():
             if isinstance(run, LlamaCpp):
                 run.close()
-    made = lines(seconds, (few, many), arguments.context, bandwidth)
+    made = lines(seconds, (few, many), arguments.context, arguments.scale_bits, bandwidth)
     isa = {"isa": cpu.ISAS[cpu.isa_number()]}
     for line in made:
         print(json.dumps(line), flush=True)
