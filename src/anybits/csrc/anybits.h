@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-enum { AB_MAX_PLANES = 8, AB_MAX_ROWS = 512 };
+enum { AB_MAX_PLANES = 8, AB_MAX_ROWS = 512, AB_MAX_DENSE_ROWS = 64 };
 enum ab_dtype { AB_F32 = 0, AB_BF16 = 1, AB_F16 = 2, AB_I8 = 3 };  // AB_I8: affine levels only
 enum ab_levels { AB_AFFINE = 0, AB_CODEBOOK = 1 };
 enum ab_isa { AB_PORTABLE = 0, AB_AVX2 = 1, AB_AVX512 = 2, AB_NEON = 3, AB_AMX = 4, AB_ISA_COUNT = 5 };

@@ -44,7 +44,7 @@ extern "C" int ab_dense(int isa, const void *weight, const void *bias, int64_t n
                         int64_t x_stride, void *y, int threads) {
     const StepKernels *kernels = step_of(isa);
     if (!kernels) return AB_BAD_ISA;
-    if (!weight || !x || !y || n < 1 || k < 1 || rows < 1 || rows > AB_MAX_ROWS) return AB_BAD_SHAPE;
+    if (!weight || !x || !y || n < 1 || k < 1 || rows < 1 || rows > AB_MAX_DENSE_ROWS) return AB_BAD_SHAPE;
     const int64_t stride = (k + 31) / 32 * 32 + 32;  // an odd number of lines: rows must not share cache sets
     Zeros<uint16_t> padded(rows * stride);
     if (!padded.at) return AB_NO_MEMORY;
