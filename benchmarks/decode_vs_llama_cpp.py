@@ -86,7 +86,7 @@ def ours(layers: tuple[int, ...], context: int, method: str) -> dict[Any, Callab
     end_to_end.put_random_planes(model, method, list(MIXES))
     random_model.fill(model)
     dense = model.lm_head
-    heads = {"bf16": dense, "planes": end_to_end._random_linear(dense, method, list(MIXES), torch.device("cpu"))}
+    heads = {"bf16": dense, "planes": end_to_end._random_linear(dense, method, list(MIXES), "cpu")}
     cache, token = random_model.context_of(model, context), torch.tensor([[1]])
     own = list(model.model.layers)
 
