@@ -228,7 +228,7 @@ void affine_mixed_tile(const Header *h, int64_t tile, int64_t first, int64_t las
     const int64_t level_bytes = I::TILE * level_size(DTYPE), block_steps = h->block_columns / STEP, step_bytes = I::TILE * 4;
     const uint8_t *planes = plane_at(h, 0, tile);
     for (int64_t block = first; block < last; block++) {
-        const int64_t step = block * block_steps, group = block / h->blocks_per_group;
+        const int64_t step = block * block_steps;
         const int steps = STEPS ? STEPS : static_cast<int>(h->steps - step < block_steps ? h->steps - step : block_steps);
         const uint8_t *at = planes + step * step_bytes, *tables[MC] = {}, *level[MC] = {};
         const float *steps_of_rows[MC] = {};
@@ -238,7 +238,7 @@ void affine_mixed_tile(const Header *h, int64_t tile, int64_t first, int64_t las
             for (int f = 0; f < FV; f++) z[m][f] = I::zero();
             if (!p) continue;
             tables[m] = chunk.tables[m] + step * TABLE;
-            level[m] = affine_levels_at(h, p, tile) + group * affine_entries(h->shape, p) * level_bytes;
+            level[m] = affine_block_levels(h, p, tile, block);
             steps_of_rows[m] = affine_steps_at(h, p, tile);
         }
         for (int b = 0; b < chunk.precision[0]; b++, at += h->plane_stride) {

@@ -172,8 +172,7 @@ inline void combine_group(const Call &c, const Group &group, int64_t tile, int64
         const int from = s.first > group.first ? s.first - group.first : 0, end = s.first + s.count - group.first;
         const int to = end < group.count ? end : group.count;
         if (from >= to) continue;
-        const int64_t entries = affine_entries(h->shape, s.precision) * h->tile_rows * level_size(h->shape.level_dtype);
-        const uint8_t *levels = affine_levels_at(h, s.precision, tile) + block / h->blocks_per_group * entries;
+        const uint8_t *levels = affine_block_levels(h, s.precision, tile, block);
         by_precision[s.precision - 1](h, levels, affine_steps_at(h, s.precision, tile), group, sums, from, to, scales, x_sums, y + group.first * 16);
     }
 }

@@ -349,20 +349,24 @@ struct Avx512 : FourteenBits {
         }
     };
 
-    // What is loaded of x serves both output rows.
-    static void two_dots(const Words &a, const Words &b, const int16_t *x, F *out) {
+    static V add_products(V sum, V centroids, V x) { return _mm512_dpwssd_epi32(sum, centroids, x); }
+
+    // What is loaded of x serves both output rows. `I`: whose products they are.
+    template <class I = Avx512>
+    static void two_dots(const Words &a, const Words &b, const typename I::X *x, F *out) {
         V first = _mm512_setzero_si512(), second = first;
         for (int i = 0; i < 4; i++) {
-            V v = _mm512_loadu_si512(x + 32 * i);
+            V v = _mm512_loadu_si512(x + BYTES / sizeof *x * i);
             asm("" : "+v"(v));  // or each product loads it again
-            first = _mm512_dpwssd_epi32(first, a.w[i], v), second = _mm512_dpwssd_epi32(second, b.w[i], v);
+            first = I::add_products(first, a.w[i], v), second = I::add_products(second, b.w[i], v);
         }
         out[0] = _mm512_cvtepi32_ps(first), out[1] = _mm512_cvtepi32_ps(second);
     }
 
-    static F dot(const Words &w, const int16_t *x) {
-        V sum = _mm512_dpwssd_epi32(_mm512_setzero_si512(), w.w[0], _mm512_loadu_si512(x));
-        for (int i = 1; i < 4; i++) sum = _mm512_dpwssd_epi32(sum, w.w[i], _mm512_loadu_si512(x + 32 * i));
+    template <class I = Avx512>
+    static F dot(const Words &w, const typename I::X *x) {
+        V sum = _mm512_setzero_si512();
+        for (int i = 0; i < 4; i++) sum = I::add_products(sum, w.w[i], _mm512_loadu_si512(x + BYTES / sizeof *x * i));
         return _mm512_cvtepi32_ps(sum);
     }
 };

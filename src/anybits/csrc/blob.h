@@ -57,6 +57,12 @@ inline const uint8_t *affine_levels_at(const Header *h, int precision, int64_t t
            tile * h->groups * affine_entries(h->shape, precision) * size;
 }
 
+// Those of the group that a table block belongs to.
+inline const uint8_t *affine_block_levels(const Header *h, int precision, int64_t tile, int64_t block) {
+    const int64_t entries = affine_entries(h->shape, precision) * h->tile_rows * level_size(h->shape.level_dtype);
+    return affine_levels_at(h, precision, tile) + block / h->blocks_per_group * entries;
+}
+
 // What levels in 8 bits are multiplied by: [tile][p scales, then the offset if there is one][tile_rows]; nullptr for others.
 inline const float *affine_steps_at(const Header *h, int precision, int64_t tile) {
     if (h->shape.level_dtype != AB_I8) return nullptr;
