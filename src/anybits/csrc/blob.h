@@ -63,9 +63,10 @@ inline const uint8_t *affine_block_levels(const Header *h, int precision, int64_
     return affine_levels_at(h, precision, tile) + block / h->blocks_per_group * entries;
 }
 
-// What levels in 8 bits are multiplied by: [tile][p scales, then the offset if there is one][tile_rows]; nullptr for others.
+// What levels in 8 bits are multiplied by: [tile][p scales, then the offset if there is one][tile_rows]; for others a place that
+// nothing is read from, but that callers may count on from.
 inline const float *affine_steps_at(const Header *h, int precision, int64_t tile) {
-    if (h->shape.level_dtype != AB_I8) return nullptr;
+    if (h->shape.level_dtype != AB_I8) return reinterpret_cast<const float *>(h);
     const char *base = reinterpret_cast<const char *>(h) + h->row_scales_at[precision];
     return reinterpret_cast<const float *>(base) + tile * affine_entries(h->shape, precision) * h->tile_rows;
 }
