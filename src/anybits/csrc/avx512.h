@@ -20,14 +20,15 @@ struct EntryPlaces {
 };
 constexpr EntryPlaces ENTRY_PLACES;
 
-struct Avx512 : FourteenBits {
+struct Avx512 : ShortIntegers {
     using V = __m512i;
     using F = __m512;
     static constexpr int TILE = 16, LANES = 16, BYTES = 64;
     static constexpr int LOOKUP_ROWS = 4;       // rows of x that go through an inner loop together
     static constexpr int OUTPUTS_TOGETHER = 2;  // codebook: output rows that share what is read of x
-    static constexpr int PARTS_TOGETHER = 2;    // and parts whose centroids stay in registers
-    static constexpr bool OWN_DEQUANTIZE = true, OWN_TOTALS = true;
+    static constexpr int ROWS_TOGETHER = 2;     // and rows of x whose sums are interleaved
+    static constexpr int PARTS_TOGETHER = 1;    // and parts whose centroids stay in registers
+    static constexpr bool OWN_DEQUANTIZE = true, OWN_TOTALS = true, OWN_DOTS = true;
     static constexpr bool ROW_WORDS = true;
     static constexpr int TABLE_FLIP = 0;
     static constexpr bool WORD_ENTRIES = true;
@@ -301,7 +302,7 @@ struct Avx512 : FourteenBits {
         _mm512_storeu_si512(out + 32, _mm512_permutexvar_epi64(order, odd));
     }
 
-    struct Words { V w[4]; };
+    struct Words { V w[8]; };
 
     // A table shorter than 32 entries is repeated, so leftover index bits do not matter.
     template <int P>
@@ -344,30 +345,37 @@ struct Avx512 : FourteenBits {
             }
         }
         void lookup(const V *codes, Words &out) const {
-            out.w[0] = find(codes[0]), out.w[1] = find(_mm512_srli_epi16(codes[0], 8));
-            out.w[2] = find(codes[1]), out.w[3] = find(_mm512_srli_epi16(codes[1], 8));
+            for (int i = 0; i < 4; i++) out.w[2 * i] = find(codes[i]), out.w[2 * i + 1] = find(_mm512_srli_epi16(codes[i], 8));
         }
     };
 
     static V add_products(V sum, V centroids, V x) { return _mm512_dpwssd_epi32(sum, centroids, x); }
 
-    // What is loaded of x serves both output rows. `I`: whose products they are.
-    template <class I = Avx512>
-    static void two_dots(const Words &a, const Words &b, const typename I::X *x, F *out) {
-        V first = _mm512_setzero_si512(), second = first;
-        for (int i = 0; i < 4; i++) {
-            V v = _mm512_loadu_si512(x + BYTES / sizeof *x * i);
-            asm("" : "+v"(v));  // or each product loads it again
-            first = I::add_products(first, a.w[i], v), second = I::add_products(second, b.w[i], v);
-        }
-        out[0] = _mm512_cvtepi32_ps(first), out[1] = _mm512_cvtepi32_ps(second);
-    }
-
-    template <class I = Avx512>
-    static F dot(const Words &w, const typename I::X *x) {
-        V sum = _mm512_setzero_si512();
-        for (int i = 0; i < 4; i++) sum = I::add_products(sum, w.w[i], _mm512_loadu_si512(x + BYTES / sizeof *x * i));
-        return _mm512_cvtepi32_ps(sum);
+    // M rows of x and R output rows at a time, in sums enough that none waits for the one before; each load serves R of them.
+    // `I`: whose products they are.
+    template <int M, int R, class I = Avx512>
+    static inline __attribute__((always_inline)) void dots(const typename I::Words *w, const typename I::X *const *x, F (*out)[R]) {
+        constexpr int CHAINS = M == 2 && R == 1 ? 2 : 1, COUNT = sizeof w->w / sizeof *w->w;
+        V sums[M][R][CHAINS];
+        for (int m = 0; m < M; m++)
+            for (int r = 0; r < R; r++)
+                for (int j = 0; j < CHAINS; j++) sums[m][r][j] = _mm512_setzero_si512();
+#pragma GCC unroll 8
+        for (int i = 0; i < COUNT; i++)
+#pragma GCC unroll 4
+            for (int m = 0; m < M; m++) {
+                V v = _mm512_loadu_si512(x[m] + BYTES / sizeof **x * i);
+                if (R > 1) asm("" : "+v"(v));  // or each product loads it again
+#pragma GCC unroll 2
+                for (int r = 0; r < R; r++) sums[m][r][i % CHAINS] = I::add_products(sums[m][r][i % CHAINS], w[r].w[i], v);
+            }
+        for (int m = 0; m < M; m++)
+            for (int r = 0; r < R; r++) {
+                V *s = sums[m][r];
+                if constexpr (CHAINS == 4) s[0] = _mm512_add_epi32(s[0], s[2]), s[1] = _mm512_add_epi32(s[1], s[3]);
+                if constexpr (CHAINS > 1) s[0] = _mm512_add_epi32(s[0], s[1]);
+                out[m][r] = _mm512_cvtepi32_ps(s[0]);
+            }
     }
 };
 

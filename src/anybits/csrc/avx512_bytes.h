@@ -24,8 +24,9 @@ constexpr Repeated REPEATED;
 struct Avx512Bytes : Avx512 {
     using X = int8_t;
     static constexpr int64_t PART = 256;
+    static constexpr int PARTS_TOGETHER = 2, ROWS_TOGETHER = 1;
     static constexpr float X_LIMIT = 127.0f;
-    static constexpr int16_t SHRINK = 254;  // 14-bit centroids become 8-bit ones: times SHRINK / 32768
+    static constexpr int16_t SHRINK = 508;  // 13-bit centroids become 8-bit ones: times SHRINK / 32768
     static constexpr float CENTROID = 32768.0f / SHRINK;
     static constexpr int BIAS = BYTE_BIAS;
 
@@ -33,6 +34,8 @@ struct Avx512Bytes : Avx512 {
         for (int i = 0; i < 2; i++)
             _mm256_storeu_si256(reinterpret_cast<__m256i *>(out + 32 * i), _mm512_cvtepi16_epi8(_mm512_loadu_si512(q + 32 * i)));
     }
+
+    struct Words { V w[4]; };
 
     // A table shorter than 64 entries is repeated, so leftover index bits do not matter.
     template <int P>
@@ -71,8 +74,10 @@ struct Avx512Bytes : Avx512 {
     };
 
     static V add_products(V sum, V centroids, V x) { return _mm512_dpbusd_epi32(sum, centroids, x); }
-    static void two_dots(const Words &a, const Words &b, const int8_t *x, F *out) { Avx512::two_dots<Avx512Bytes>(a, b, x, out); }
-    static F dot(const Words &w, const int8_t *x) { return Avx512::dot<Avx512Bytes>(w, x); }
+    template <int M, int R>
+    static inline __attribute__((always_inline)) void dots(const Words *w, const int8_t *const *x, F (*out)[R]) {
+        Avx512::dots<M, R, Avx512Bytes>(w, x, out);
+    }
 };
 
 // ---- affine levels, several rows of x: levels.h with bytes

@@ -127,12 +127,12 @@ void pack_affine_levels(const Header *h, int precision, const T *scales, const T
     }
 }
 
-// Centroids as 14-bit integers and a scale: the row's largest magnitude becomes 16383.
+// Centroids as 13-bit integers and a scale: the row's largest magnitude becomes 8191.
 void pack_centroids(const float *from, int64_t count, int16_t *out, float *scale) {
     float peak = 0;
     for (int64_t i = 0; i < count; i++) peak = fabsf(from[i]) > peak ? fabsf(from[i]) : peak;
-    const float inverse = peak > 0 ? 16383.0f / peak : 0;
-    *scale = peak / 16383.0f;
+    const float inverse = peak > 0 ? 8191.0f / peak : 0;
+    *scale = peak / 8191.0f;
     for (int64_t i = 0; i < count; i++) out[i] = static_cast<int16_t>(rintf(from[i] * inverse));
 }
 

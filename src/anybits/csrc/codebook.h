@@ -1,4 +1,4 @@
-// Codebook levels: y = row_scale * sum over parts of s * sum_k centroid[code_k] * x_k with centroids and
+// Codebook levels: y = row_scale * sum over parts of s * sum_k centroid[code_k] * x_k with centroids as 13-bit and
 // activations as 14-bit integers. A span is 512 columns: 64 bytes of each plane, bit i of byte B standing for
 // column 64 * i + B, so that merging the planes' bits in registers yields 8 vectors of 64 codes in order.
 #pragma once
@@ -8,10 +8,10 @@
 namespace {
 
 // How an instruction set keeps activations and centroids here, unless it says otherwise.
-struct FourteenBits {
+struct ShortIntegers {
     using X = int16_t;                          // an activation
-    static constexpr int64_t PART = 128;        // columns that share an activation scale and one integer sum
-    static constexpr float X_LIMIT = 16383.0f;  // 8 products of 14-bit numbers and a sign fit into 32 bits
+    static constexpr int64_t PART = 256;        // columns that share an activation scale and one integer sum
+    static constexpr float X_LIMIT = 16383.0f;  // 16 products with centroids of at most 8191 fit into 31 bits
     static constexpr float CENTROID = 1.0f;     // what a centroid of a table stands for, in those of the blob
     static constexpr int BIAS = 0;              // what is added to each
 };
@@ -108,6 +108,17 @@ inline void merge_codes(const typename I::V *planes, typename I::V *codes) {
     }
 }
 
+// Products of M rows of x and R output rows; one at a time where an instruction set has nothing better.
+template <class I, int M, int R>
+inline __attribute__((always_inline)) void dots_of(const typename I::Words *w, const typename I::X *const *x, typename I::F (*out)[R]) {
+    if constexpr (I::OWN_DOTS) {
+        I::template dots<M, R>(w, x, out);
+    } else {
+        for (int m = 0; m < M; m++)
+            for (int r = 0; r < R; r++) out[m][r] = I::dot(w[r], x[m]);
+    }
+}
+
 // Spans first ... last - 1 of one output row for MC rows of x at precision P, added to sums[m] of LANES floats.
 template <class I, int P, int MC>
 void codebook_row(const Call &c, const int *rows, int64_t n, int64_t first, int64_t last, int64_t ahead, float *sums_at) {
@@ -138,8 +149,11 @@ void codebook_row(const Call &c, const int *rows, int64_t n, int64_t first, int6
                 typename I::Words w;  // centroids of the part's columns
                 table.lookup(codes + VECTORS * part, w);
                 const int64_t at = span * c.rows * SPAN + part * I::PART + piece * I::BYTES;
-                for (int m = 0; m < MC; m++)
-                    sums[m] = I::fma(I::dot(w, x[m] + at), I::set1(scales[m][span * PARTS + part]), sums[m]);
+                const typename I::X *here[MC];
+                F products[MC][1];
+                for (int m = 0; m < MC; m++) here[m] = x[m] + at;
+                dots_of<I, MC, 1>(&w, here, products);
+                for (int m = 0; m < MC; m++) sums[m] = I::fma(products[m][0], I::set1(scales[m][span * PARTS + part]), sums[m]);
             }
         }
     }
@@ -174,12 +188,30 @@ struct Sources {
     const float *scales[AB_MAX_ROWS];
 };
 
+// Parts of R output rows, whose centroids are w, for rows of x m ... m + M - 1.
+template <class I, int M, int R>
+inline __attribute__((always_inline)) void add_products(const Sources<typename I::X> &from, int m, int64_t place, int64_t scale,
+                                                        const typename I::Words (*w)[R], float *sums_at, int64_t next) {
+    typename I::F sums[M][R];
+    for (int i = 0; i < M; i++)
+        for (int r = 0; r < R; r++) sums[i][r] = I::load(sums_at + r * next + (m + i) * I::LANES);
+    for (int part = 0; part < I::PARTS_TOGETHER; part++) {
+        const typename I::X *x[M];
+        typename I::F products[M][R];
+        for (int i = 0; i < M; i++) x[i] = from.x[m + i] + place + part * I::PART;
+        dots_of<I, M, R>(w[part], x, products);
+        for (int i = 0; i < M; i++)
+            for (int r = 0; r < R; r++) sums[i][r] = I::fma(products[i][r], I::set1(from.scales[m + i][scale + part]), sums[i][r]);
+    }
+    for (int i = 0; i < M; i++)
+        for (int r = 0; r < R; r++) I::store(sums_at + r * next + (m + i) * I::LANES, sums[i][r]);
+}
+
 // One segment at precision P with the codes of R output rows at precision P + shift, [R][SPAN * (last - first)]: a code is the
 // first bits of a longer one. What is looked up stays in registers for all rows of x, and what is read of x serves R output rows.
 template <class I, int P, int R>
 void codebook_products(const Call &c, const Sources<typename I::X> &from, const Segment &s, int64_t n, int64_t first, int64_t last, int shift,
                        const uint8_t *codes, float *sums_at) {
-    using F = typename I::F;
     using Table = typename I::template Table<P>;
     constexpr int TOGETHER = I::PARTS_TOGETHER, PARTS = SPAN / I::PART, VECTORS = 8 / PARTS;
     const Table tables[] = {Table(centroids_at(c.weight, P, n)), Table(centroids_at(c.weight, P, n + R - 1))};
@@ -199,20 +231,10 @@ void codebook_products(const Call &c, const Sources<typename I::X> &from, const 
                         tables[r].lookup(here, w[i][r]);
                     }
                 const int64_t place = span * c.rows * SPAN + part * I::PART + piece * I::BYTES, scale = span * PARTS + part;
-                for (int m = begin; m < end; m++) {
-                    F sums[R], products[R];
-                    for (int r = 0; r < R; r++) sums[r] = I::load(sums_at + r * next + m * I::LANES);
-                    for (int i = 0; i < TOGETHER; i++) {
-                        const typename I::X *x = from.x[m] + place + i * I::PART;
-                        if constexpr (R == 2)
-                            I::two_dots(w[i][0], w[i][1], x, products);
-                        else
-                            products[0] = I::dot(w[i][0], x);
-                        for (int r = 0; r < R; r++)
-                            sums[r] = I::fma(products[r], I::set1(from.scales[m][scale + i]), sums[r]);
-                    }
-                    for (int r = 0; r < R; r++) I::store(sums_at + r * next + m * I::LANES, sums[r]);
-                }
+                int m = begin;
+                for (; m + I::ROWS_TOGETHER <= end; m += I::ROWS_TOGETHER)
+                    add_products<I, I::ROWS_TOGETHER, R>(from, m, place, scale, w, sums_at, next);
+                for (; m < end; m++) add_products<I, 1, R>(from, m, place, scale, w, sums_at, next);
             }
 }
 

@@ -6,14 +6,15 @@
 
 namespace {
 
-struct Avx2 : FourteenBits {
+struct Avx2 : ShortIntegers {
     using V = __m256i;
     using F = __m256;
     static constexpr int TILE = 32, LANES = 8, BYTES = 32;
     static constexpr int LOOKUP_ROWS = 2;       // rows of x that go through an inner loop together
     static constexpr int OUTPUTS_TOGETHER = 1;  // codebook: output rows that share what is read of x
+    static constexpr int ROWS_TOGETHER = 1;     // and rows of x whose sums are interleaved
     static constexpr int PARTS_TOGETHER = 1;    // and parts whose centroids stay in registers
-    static constexpr bool OWN_DEQUANTIZE = false, OWN_TOTALS = false;
+    static constexpr bool OWN_DEQUANTIZE = false, OWN_TOTALS = false, OWN_DOTS = false;
     static constexpr bool ROW_WORDS = false;
     static constexpr int TABLE_FLIP = 0x80;  // tables of unsigned bytes: they are summed by plain additions
     static constexpr bool WORD_ENTRIES = false;
@@ -134,7 +135,7 @@ struct Avx2 : FourteenBits {
             for (int i = 0; i < 4; i++) memcpy(out + run + 8 * i, q + run + FROM[i], 16);
     }
 
-    struct Words { V w[4]; };
+    struct Words { V w[8]; };
 
     template <int P>
     struct Table {
@@ -162,12 +163,14 @@ struct Avx2 : FourteenBits {
             const V l = find<COUNT>(low, index, code), h = find<COUNT>(high, index, code);
             out[0] = _mm256_unpacklo_epi8(l, h), out[1] = _mm256_unpackhi_epi8(l, h);
         }
-        void lookup(const V *codes, Words &out) const { one(codes[0], out.w), one(codes[1], out.w + 2); }
+        void lookup(const V *codes, Words &out) const {
+            for (int i = 0; i < 4; i++) one(codes[i], out.w + 2 * i);
+        }
     };
 
     static F dot(const Words &w, const int16_t *x) {
         V sum = _mm256_setzero_si256();
-        for (int i = 0; i < 4; i++) {
+        for (int i = 0; i < 8; i++) {
             const V v = _mm256_loadu_si256(reinterpret_cast<const V *>(x + (i >> 1) * 64 + (i & 1) * 16));
             sum = _mm256_add_epi32(sum, _mm256_madd_epi16(w.w[i], v));
         }

@@ -6,14 +6,15 @@
 
 namespace {
 
-struct Neon : FourteenBits {
+struct Neon : ShortIntegers {
     using V = uint8x16_t;
     using F = float32x4_t;
     static constexpr int TILE = 16, LANES = 4, BYTES = 16;
     static constexpr int LOOKUP_ROWS = 4;       // rows of x that go through an inner loop together
     static constexpr int OUTPUTS_TOGETHER = 1;  // codebook: output rows that share what is read of x
+    static constexpr int ROWS_TOGETHER = 1;     // and rows of x whose sums are interleaved
     static constexpr int PARTS_TOGETHER = 1;    // and parts whose centroids stay in registers
-    static constexpr bool OWN_DEQUANTIZE = false, OWN_TOTALS = false;
+    static constexpr bool OWN_DEQUANTIZE = false, OWN_TOTALS = false, OWN_DOTS = false;
     static constexpr bool ROW_WORDS = false;
     static constexpr int TABLE_FLIP = 0x80;
     static constexpr bool WORD_ENTRIES = false;
@@ -113,7 +114,7 @@ struct Neon : FourteenBits {
 
     static void reorder(const int16_t *q, int16_t *out) { memcpy(out, q, 128); }
 
-    struct Words { V w[4]; };
+    struct Words { V w[8]; };
 
     template <int P>
     struct Table {
@@ -146,12 +147,14 @@ struct Neon : FourteenBits {
             const V l = find(low, code), h = find(high, code);
             out[0] = vzip1q_u8(l, h), out[1] = vzip2q_u8(l, h);
         }
-        void lookup(const V *codes, Words &out) const { one(codes[0], out.w), one(codes[1], out.w + 2); }
+        void lookup(const V *codes, Words &out) const {
+            for (int i = 0; i < 4; i++) one(codes[i], out.w + 2 * i);
+        }
     };
 
     static F dot(const Words &w, const int16_t *x) {
         int32x4_t sum = vdupq_n_s32(0);
-        for (int i = 0; i < 4; i++) {
+        for (int i = 0; i < 8; i++) {
             const int16x8_t a = vreinterpretq_s16_u8(w.w[i]), b = vld1q_s16(x + (i >> 1) * 64 + (i & 1) * 8);
             sum = vmlal_s16(sum, vget_low_s16(a), vget_low_s16(b));
             sum = vmlal_high_s16(sum, a, b);

@@ -3,14 +3,15 @@
 
 namespace {
 
-struct Portable : FourteenBits {
+struct Portable : ShortIntegers {
     using V = uint64_t;  // eight bytes of a plane; shifts cross byte borders exactly as vector shifts do
     struct F { float v[4]; };
     static constexpr int TILE = 16, LANES = 4, BYTES = 8;
     static constexpr int LOOKUP_ROWS = 1;       // rows of x that go through an inner loop together
     static constexpr int OUTPUTS_TOGETHER = 1;  // codebook: output rows that share what is read of x
+    static constexpr int ROWS_TOGETHER = 1;     // and rows of x whose sums are interleaved
     static constexpr int PARTS_TOGETHER = 1;    // and parts whose centroids stay in registers
-    static constexpr bool OWN_DEQUANTIZE = false, OWN_TOTALS = false;
+    static constexpr bool OWN_DEQUANTIZE = false, OWN_TOTALS = false, OWN_DOTS = false;
     static constexpr bool ROW_WORDS = false;
     static constexpr int TABLE_FLIP = 0x80;
     static constexpr bool WORD_ENTRIES = false;
@@ -78,25 +79,23 @@ struct Portable : FourteenBits {
 
     static void reorder(const int16_t *q, int16_t *out) { memcpy(out, q, 128); }
 
-    struct Words { int16_t w[16]; };
+    struct Words { int16_t w[32]; };
 
     template <int P>
     struct Table {
         const int16_t *c;
         explicit Table(const int16_t *centroids) : c(centroids) {}
         void lookup(const V *codes, Words &out) const {
-            for (int i = 0; i < 8; i++) {
-                out.w[i] = c[codes[0] >> (8 * i) & ((1 << P) - 1)];
-                out.w[8 + i] = c[codes[1] >> (8 * i) & ((1 << P) - 1)];
-            }
+            for (int i = 0; i < 32; i++) out.w[i] = c[codes[i / 8] >> (8 * (i % 8)) & ((1 << P) - 1)];
         }
     };
 
     static F dot(const Words &w, const int16_t *x) {
-        F sum;
-        for (int i = 0; i < 4; i++)
-            sum.v[i] = static_cast<float>(w.w[i] * x[i] + w.w[i + 4] * x[i + 4] + w.w[i + 8] * x[i + 64] + w.w[i + 12] * x[i + 68]);
-        return sum;
+        int32_t sum[4] = {0};
+        for (int i = 0; i < 32; i++) sum[i % 4] += w.w[i] * x[i / 8 * 64 + i % 8];
+        F out;
+        for (int i = 0; i < 4; i++) out.v[i] = static_cast<float>(sum[i]);
+        return out;
     }
 };
 
