@@ -18,11 +18,15 @@ import anybits
 @cache
 def about_run() -> dict[str, Any]:
     """Return commit, date, processor, threads and versions."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # no git
+        commit = ""
     info = Path("/proc/cpuinfo")
     names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
     return {
-        "commit": commit.stdout.strip(),
+        "commit": commit,
         "date": datetime.date.today().isoformat(),
         "machine": names[0].split(": ")[1] if names else platform.processor(),
         "threads": torch.get_num_threads(),

@@ -1,353 +1,107 @@
 """One command for a machine with an NVIDIA GPU: check, time, decode, sweep; a table, gpu.md and gpu.png come last.
 
-    python benchmarks/gpu.py --out gpu.jsonl [--stages check time e2e together rivals ...] [--minutes 9]
+    python benchmarks/gpu.py --out gpu.jsonl [--stages check time e2e rivals ...] [--minutes 9] [--commit NAME]
 
-Every result is one JSON line in --out. A line that is there already is not measured again, so a stopped run goes on
-where it was. Needs torch for CUDA and cuda-bindings; anybits may be imported from src/ beside this folder.
+Every result is one JSON line in --out, written when it is known. A line that is there already is not measured again, so
+a stopped run goes on where it was. The measurements (gpu_stages.py) run in a process of their own: what ends it (an
+illegal address ends every later call of a process, a hanging kernel waits forever) is written down as failed, and a new
+process goes on behind it. A later run tries again what failed. Needs torch for CUDA and cuda-bindings; anybits is
+imported from src/ beside this folder.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
-import os
-import struct
+import signal
+import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "src"))
+from typing import Any
 
 import gpu_report
-import gpu_rivals
-import torch
-from common import about_run
 
-from anybits.errors import AnybitsError
-from anybits.evaluate import end_to_end_cuda
-from anybits.evaluate import kernels_cuda as timing
-from anybits.evaluate.kernels import SHAPES, random_weight
-from anybits.kernels.cuda import backend as cuda
-from anybits.kernels.cuda import plan, toolchain
-from anybits.weight import PlaneWeight
-
-STAGES = ("check", "time", "e2e", "together", "rivals", "rates", "rows", "mixed", "tune")
-METHODS = ("anybcq", "any-precision")
-TUNED_SHAPES = ((4096, 14336), (8192, 28672))
-TUNINGS = [
-    f"masks={masks},warps={warps},blocks={blocks}" + (f",stages={stages}" if stages else "")
-    for masks, (warps, blocks), stages in itertools.product((1, 2, 4), ((16, 1), (8, 1), (8, 2), (4, 4)), (0, 3))
-]
+STAGES = ("check", "time", "e2e", "rivals", "mixed", "rows", "together", "rates", "tune")
+"""What matters most comes first."""
+WORKER = Path(__file__).with_name("gpu_stages.py")
+MOST_RESTARTS = 20
+LONGEST = 180.0
+"""Seconds that one measurement may take; the longest, a whole model, should take about 40."""
+LATE = "the time was over"
+AGAIN = 75
+"""Status of a worker that wrote down what failed and whose process has to be begun anew."""
+_POLL = 0.2
 
 
-class Run:
-    """The output file, what it holds, and the time that is left."""
-
-    def __init__(self, out: Path, minutes: float) -> None:
-        self.out, self.end = out, time.monotonic() + 60 * minutes
-        self.lines = gpu_report.read(out) if out.exists() else []
-        if out.exists() and not out.read_text().endswith("\n"):  # half a line of a run that was stopped
-            out.write_text(out.read_text() + "\n")
-        run = about_run()
-        self.facts = timing.environment() | {key: run[key] for key in ("date", "anybits", "threads")}
-        self.bandwidth = timing.copy_bandwidth()
-
-    def have(self, **key: object) -> dict | None:
-        """Return the line of `key`, if it was measured before."""
-        wanted = json.loads(json.dumps(key))
-        return next((line for line in self.lines if all(line.get(k) == v for k, v in wanted.items())), None)
-
-    def late(self) -> bool:
-        return time.monotonic() > self.end
-
-    def add(self, **line: object) -> None:
-        line |= {"copy_gb_per_s": round(self.bandwidth / 1e9), **self.facts}
-        self.lines.append(json.loads(json.dumps(line)))
-        with self.out.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+def forget_failures(out: Path) -> None:
+    """Drop the lines of what failed before, so that it is tried again; the file is replaced as a whole."""
+    lines = [line for line in gpu_report.read(out) if "failed" not in line] if out.exists() else []
+    part = out.with_suffix(".part")
+    part.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    part.replace(out)
 
 
-def compile_all(shapes: set, rows: tuple[int, ...], precisions: tuple[int, ...], tunings: list[plan.Tuning]) -> None:
-    """Compile what a stage needs on all cores at once; the cache on disk keeps it."""
-    gpu = cuda._gpu(torch.cuda.current_device())
-    kernels = set()
-    for shape, m, p, tuning in itertools.product(shapes, rows, precisions, tunings):
-        try:
-            planned = plan.product(shape, m, 1, p, gpu.device, tuning)
-        except plan.AnybitsError:
-            continue  # a tuning that does not fit this shape
-        kernels |= {planned.launch.kernel, planned.reduction(shape, m, 1).kernel}
-        if p:
-            kernels.add(plan.dequantization(shape, 1, p).kernel)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda kernel: toolchain.cubin(kernel, gpu.arch), kernels))
+def doing_file(out: Path) -> Path:
+    """Return the file that holds the measurement that is being made; it is touched when one begins."""
+    return out.with_suffix(".doing")
 
 
-class Weights:
-    """Random weights on the GPU and their rotating copies, one shape at a time."""
-
-    def __init__(self) -> None:
-        self._key: tuple | None = None
-
-    def forget(self) -> None:
-        """Let the memory go."""
-        self._key, self._kept = None, None
-        torch.cuda.empty_cache()
-
-    def get(self, shape: tuple[int, int], method: str, precisions: tuple[int, ...]) -> tuple[PlaneWeight, list]:
-        if self._key != (shape, method, precisions):
-            self.forget()
-            weight = random_weight(shape, method, precisions).to("cuda")
-            self._kept = weight, timing.rotating(cuda.prepare(weight), weight.weight_bytes(precisions[0]))
-            self._key = (shape, method, precisions)
-        return self._kept
+def write_down(out: Path, why: str) -> dict[str, Any] | None:
+    """Add a line for the measurement that the worker left unfinished; return its key, None when there was none."""
+    try:
+        key: dict[str, Any] = json.loads(doing_file(out).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    doing_file(out).unlink()
+    with out.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(key | {"failed": why}) + "\n")
+    return key
 
 
-def seconds_of(copies: list, m: int, precision: int | torch.Tensor) -> float:
-    x = torch.randn(m, copies[0].shape.in_features, dtype=torch.bfloat16, device="cuda")
-    backend = cuda.CudaBackend()
-    return timing.graph_seconds(lambda i: backend.matmul(x, copies[i], precision), len(copies), 5)
+def wait(worker: subprocess.Popen[bytes], out: Path, end: float, longest: float) -> str | None:
+    """Wait for the worker; return why it ended before it was through, or None. It is ended at `end` (monotonic)."""
+    try:
+        while worker.poll() is None:
+            time.sleep(_POLL)
+            if time.monotonic() > end:
+                return LATE
+            if _seconds_since(doing_file(out)) > longest:
+                return f"took more than {longest:.0f} s"
+    finally:
+        worker.kill()
+        worker.wait()
+    code = worker.returncode
+    if code < 0:
+        return f"ended by {signal.Signals(-code).name}"
+    return f"ended with status {code}" if code else None
 
 
-@dataclass(frozen=True)
-class RateKernel:
-    """A kernel of nothing but one tensor-core instruction: how fast it can be at all."""
-
-    instruction: str
-    width: int  # columns of the first operand
-    registers: tuple[int, int]  # of the two operands
-    float_sums: bool = False
-    source: str = "rate.cu"
-    entry: str = "rate"
-    macros: tuple = ()
-
-    def text(self) -> str:
-        sums, first = ["%0", "%1", "%2", "%3"], [f"%{4 + i}" for i in range(self.registers[0])]
-        second = [f"%{4 + self.registers[0] + i}" for i in range(self.registers[1])]
-        operands = ", ".join("{" + ",".join(part) + "}" for part in (sums, first, second, sums))
-        kind, letter = ("float", "f") if self.float_sums else ("int", "r")
-        outputs = ", ".join(f'"+{letter}"(c[j][{i}])' for i in range(4))
-        inputs = ", ".join(f'"r"(v[{i}])' for i in range(sum(self.registers)))
-        return f"""extern "C" __global__ void rate(int *out) {{
-            unsigned v[6];
-            for (int i = 0; i < 6; i++) v[i] = threadIdx.x * 2654435761u >> i & 0x3c003c00u;
-            {kind} c[8][4] = {{}};
-            for (int n = 0; n < 1024; n++)
-            #pragma unroll
-                for (int j = 0; j < 8; j++) asm volatile("{self.instruction} {operands};" : {outputs} : {inputs});
-            {kind} sum = 0;
-            for (int j = 0; j < 8; j++) for (int i = 0; i < 4; i++) sum += c[j][i];
-            out[blockIdx.x * blockDim.x + threadIdx.x] = (int)sum;
-        }}"""
+def _seconds_since(file: Path) -> float:
+    try:
+        return time.time() - file.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
-RATES = {
-    "8-bit": RateKernel("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32", 32, (4, 2)),
-    "1-bit": RateKernel("mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc", 128, (2, 1)),
-    "1-bit, wide": RateKernel("mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc", 256, (4, 2)),
-    "fp16": RateKernel("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32", 16, (4, 2), float_sums=True),
-}
-
-
-def rates(run: Run, weights: Weights) -> None:
-    """Products a second of each instruction: 16 x 8 x width multiply-adds each."""
-    gpu = cuda._gpu(torch.cuda.current_device())
-    blocks, threads = 2 * gpu.device.multiprocessors, 512
-    out = torch.zeros(blocks * threads, dtype=torch.int32, device="cuda")
-    for name, kernel in RATES.items():
-        if run.have(stage="rates", name=name):
+def supervise(command: Sequence[str], out: Path, minutes: float, longest: float = LONGEST) -> str | None:
+    """Run `command` until it is through, again behind each measurement that ends it; return why not all was run."""
+    end = time.monotonic() + 60 * (minutes + 0.5)  # what has begun has half a minute more
+    for _ in range(MOST_RESTARTS):
+        left = max(0.0, (end - time.monotonic()) / 60 - 0.5)
+        worker = subprocess.Popen([*command, "--minutes", f"{left:.3f}"])
+        why = wait(worker, out, end, longest)
+        if why in (None, LATE):
+            doing_file(out).unlink(missing_ok=True)
+            return why
+        if worker.returncode == AGAIN:
             continue
-        launch = plan.Launch(kernel, (blocks, 1), threads, 0)
-        arguments = struct.pack("<Q", out.data_ptr())
-        us = timing.graph_seconds(lambda _, at=launch, a=arguments: cuda._launch(gpu, at, a), 1, 5) * 1e6
-        products = blocks * threads / 32 * 8 * 1024 / us * 1e6
-        bits = products * 16 * kernel.width  # plane bits that meet 8 columns
-        run.add(stage="rates", name=name, us=us, tera_multiply_adds=products * 128 * kernel.width / 1e12,
-                tera_bits_at_8_columns=bits / 1e12)  # fmt: skip
-
-
-def check(run: Run, weights: Weights) -> None:
-    """Errors against float64 at a large shape; the plain kernel tells a wrong kernel from a wrong layout."""
-    shape, precisions = (4096, 4096), tuple(range(2, 9))
-    backend = cuda.CudaBackend()
-    for method in METHODS:
-        weight, copies = weights.get(shape, method, precisions)
-        compile_all({copies[0].shape}, (1, 4, 16), (0, *precisions), [plan.Tuning()])
-        for m, p in itertools.product((1, 4, 16), (*precisions, 0)):
-            key = {"stage": "check", "method": method, "m": m, "precision": p}
-            if run.have(**key) or run.late():
-                continue
-            x = torch.randn(m, shape[1], dtype=torch.bfloat16, device="cuda")
-            wanted = p or torch.tensor([precisions[i % 7] for i in range(m)], dtype=torch.int32, device="cuda")
-            y = backend.matmul(x, copies[0], wanted)
-            same = all(torch.equal(backend.matmul(x, copies[0], wanted), y) for _ in range(9))
-            error = timing.relative_error(y, x, weight, wanted)
-            line = {"error": error, "ten_runs_equal": same, "ok": error < timing._LARGEST_ERROR and same}
-            if not line["ok"]:
-                os.environ["ANYBITS_CUDA_KERNEL"] = "simple"
-                y = backend.matmul(x, copies[0], wanted)
-                line["simple_error"] = timing.relative_error(y, x, weight, wanted)
-                del os.environ["ANYBITS_CUDA_KERNEL"]
-                print("WRONG", key, line, flush=True)
-            run.add(**key, **line)
-
-
-def timed(run: Run, weights: Weights, stage: str, shapes: tuple, rows: tuple[int, ...], precisions: tuple) -> None:
-    """Products against cuBLAS and the copy bandwidth, correctness first."""
-    for shape in shapes:
-        for method in METHODS:
-            wanted = [(m, p) for m in rows for p in precisions]
-            keys = [{"stage": stage, "shape": shape, "method": method, "m": m, "precision": p} for m, p in wanted]
-            if run.late() or all(run.have(**key) for key in keys):
-                continue
-            weight, copies = weights.get(shape, method, precisions)
-            compile_all({copies[0].shape}, rows, precisions, [plan.Tuning()])
-            for key, (m, p) in zip(keys, wanted, strict=True):
-                if run.have(**key) or run.late():
-                    continue
-                if stage == "rows":  # past the cross-over too, where the default would take the dense path
-                    os.environ["ANYBITS_CUDA_KERNEL"] = "codebook" if method == METHODS[1] and p > 3 else "signs"
-                found = timing.time_product(weight, copies, m, p, method, 5)
-                os.environ.pop("ANYBITS_CUDA_KERNEL", None)
-                dense_key = {"stage": "cublas", "shape": shape, "m": m}
-                if not run.have(**dense_key):
-                    run.add(**dense_key, us=timing.dense_seconds(shape, m, 5) * 1e6)
-                dense = run.have(**dense_key)["us"]
-                share = found.bytes / found.us * 1e6 / run.bandwidth
-                line = {"us": found.us, "bytes": found.bytes, "bandwidth_share": round(share, 3)}
-                line |= {"speedup_vs_bf16": round(dense / found.us, 2), "error": found.error}
-                if m > 1:  # what dequantizing and cuBLAS would have taken
-                    line["dense_path_us"] = dense_path(copies, m, p) * 1e6
-                run.add(**key, **line)
-
-
-def dense_path(copies: list, m: int, p: int) -> float:
-    x = torch.randn(m, copies[0].shape.in_features, dtype=torch.bfloat16, device="cuda")
-    return timing.graph_seconds(lambda i: cuda._dense(x, copies[i], p, None), min(len(copies), 8), 5)
-
-
-def mixed(run: Run, weights: Weights) -> None:
-    """A batch of mixed precisions against the same batch at its highest."""
-    for method, m in itertools.product(METHODS, (4, 8, 16)):
-        key = {"stage": "mixed", "shape": (8192, 28672), "method": method, "m": m}
-        if run.have(**key) or run.late():
-            continue
-        _, copies = weights.get((8192, 28672), method, (2, 3, 4))
-        compile_all({copies[0].shape}, (m,), (0, 4), [plan.Tuning()])
-        rows = torch.tensor([2 + i % 3 for i in range(m)], dtype=torch.int32, device="cuda")
-        us, highest = seconds_of(copies, m, rows) * 1e6, seconds_of(copies, m, 4) * 1e6
-        run.add(**key, us=us, highest_us=highest, ratio=round(us / highest, 3))
-
-
-def tune(run: Run, weights: Weights) -> None:
-    """Every tuning of signs.cu at one row."""
-    for shape, p in itertools.product(TUNED_SHAPES, (2, 3, 4)):
-        names = [t for t in TUNINGS if not run.have(stage="tune", shape=shape, precision=p, tuning=t)]
-        if not names or run.late():
-            continue
-        _, copies = weights.get(shape, "anybcq", (2, 3, 4))
-        tunings = [plan.tuning_from_environment(name, "") for name in names]
-        compile_all({copies[0].shape}, (1,), (p,), tunings)
-        for name in names:
-            if run.late():
-                return
-            os.environ["ANYBITS_CUDA_TUNING"] = name
-            try:
-                us = seconds_of(copies, 1, p) * 1e6
-            except plan.AnybitsError as error:
-                run.add(stage="tune", shape=shape, precision=p, tuning=name, us=None, why=str(error))
-                continue
-            finally:
-                del os.environ["ANYBITS_CUDA_TUNING"]
-            share = copies[0].shape.tiles * 16 * shape[1] * p / 8 / us * 1e6 / run.bandwidth
-            run.add(stage="tune", shape=shape, precision=p, tuning=name, us=us, plane_share=round(share, 3))
-
-
-GROUPS = {"query, key, value": ((4096, 4096), (1024, 4096), (1024, 4096)), "gate, up": ((14336, 4096), (14336, 4096))}
-
-
-def together(run: Run, weights: Weights) -> None:
-    """Weights that share x in one launch against a launch each, at one precision and at one for each row."""
-    weights.forget()
-    backend = cuda.CudaBackend()
-    for (name, shapes), method in itertools.product(GROUPS.items(), METHODS):
-        wanted = [(m, p) for m in (1, 4, 16) for p in (2, 4, 0)]
-        keys = [{"stage": "together", "name": name, "method": method, "m": m, "precision": p} for m, p in wanted]
-        if run.late() or all(run.have(**key) for key in keys):
-            continue
-        made = [random_weight(shape, method, (2, 3, 4), device="cuda") for shape in shapes]
-        least = sum(weight.weight_bytes(2) for weight in made)
-        copies = list(zip(*(timing.rotating(cuda.prepare(weight), least) for weight in made), strict=True))
-        for key, (m, p) in zip(keys, wanted, strict=True):
-            if run.have(**key) or run.late():
-                continue
-            x = torch.randn(m, shapes[0][1], dtype=torch.bfloat16, device="cuda")
-            at = p or torch.tensor([2 + i % 3 for i in range(m)], dtype=torch.int32, device="cuda")
-            apart = [backend.matmul(x, one, at) for one in copies[0]]
-            same = all(torch.equal(a, b) for a, b in zip(backend.products(x, copies[0], at), apart, strict=True))
-            if not same:
-                print("WRONG", key, flush=True)
-            one, each = together_and_apart(copies, x, at)
-            run.add(**key, us=one * 1e6, apart_us=each * 1e6, ratio=round(one / each, 3), same_bits=same)
-
-
-def together_and_apart(copies: list, x: torch.Tensor, at: int | torch.Tensor) -> tuple[float, float]:
-    backend = cuda.CudaBackend()
-    one = timing.graph_seconds(lambda i: backend.products(x, copies[i], at), len(copies), 5)
-    each = timing.graph_seconds(lambda i: [backend.matmul(x, weight, at) for weight in copies[i]], len(copies), 5)
-    return one, each
-
-
-def end_to_end(run: Run, weights: Weights) -> None:
-    """Whole decode steps of an 8B model of random weights, beside the same model in bf16, all captured."""
-    weights.forget()
-    precisions = (2, 3, 4)
-    for method in METHODS:
-        key = {"stage": "e2e", "model": "llama-3.1-8b", "method": method, "context": 512}
-        last = {"precision": 0, "graph": "shared"}  # the line that is written last
-        if run.have(**key, **last) or run.late():
-            continue
-        steps = end_to_end_cuda.bench_decoding_cuda(
-            key["model"], ",".join(map(str, precisions)), (512,), method, facts={}, bandwidth=run.bandwidth
-        )
-        try:
-            found = [asdict(step) for step in steps]
-        except AnybitsError as error:
-            print("WRONG", key, error, flush=True)
-            run.add(**key, error=str(error), ok=False)
-            continue
-        for line in found:
-            run.add(stage="e2e", **line)
-        torch.cuda.empty_cache()
-
-
-def rivals(run: Run, weights: Weights) -> None:
-    """The papers' own kernels and ours on fp16 rows, the launches of each queued behind a pause."""
-    for rival in gpu_rivals.RIVALS:
-        module = rival.found()
-        if isinstance(module, str):
-            print(module, flush=True)
-            continue
-        for shape, p in itertools.product(SHAPES["llama-3.1-8b"] + SHAPES["llama-3.3-70b"], (2, 3, 4)):
-            for m in (m for m in (1, 4, 8) if m <= rival.most_rows):
-                key = {"stage": "rivals", "name": rival.name, "shape": shape, "m": m, "precision": p}
-                if run.have(**key) or run.late():
-                    continue
-                weight, copies = weights.get(shape, rival.method, (2, 3, 4))
-                count = min(len(copies), gpu_rivals.MOST_CALLS // 2)
-                line = gpu_rivals.time_rival(rival, module, weight, m, p, count, gpu_rivals.queued_seconds)
-                ours = queued_ours(copies, m, p, count)
-                line |= {"our_us": ours * 1e6, "our_gain": line["us"] and round(line["us"] / ours / 1e6, 3)}
-                run.add(**key, **line)
-
-
-def queued_ours(copies: list, m: int, p: int, count: int) -> float:
-    x = torch.randn(m, copies[0].shape.in_features, dtype=torch.float16, device="cuda")
-    backend = cuda.CudaBackend()
-    return gpu_rivals.queued_seconds(lambda i: backend.matmul(x, copies[i], p), count)
+        key = write_down(out, why)
+        if key is None:
+            return f"no measurement was under way when the worker {why}"
+        print(f"FAILED {key}: {why}; going on behind it", flush=True)
+    return f"the worker ended {MOST_RESTARTS} times"
 
 
 def main() -> None:
@@ -355,32 +109,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON lines, appended to")
     parser.add_argument("--stages", nargs="*", choices=STAGES, default=STAGES)
     parser.add_argument("--minutes", type=float, default=9, help="no new measurement begins after this")
+    parser.add_argument("--commit", default="", help="for the lines, where this folder is no git checkout")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("benchmarks/gpu.py needs an NVIDIA GPU, and torch sees none here")
-    why = toolchain.unsupported(torch.cuda.get_device_capability())
+    out = arguments.out.resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    forget_failures(out)
+    command = [sys.executable, str(WORKER), "--out", str(out), "--stages", *arguments.stages]
+    why = supervise([*command, "--commit", arguments.commit], out, arguments.minutes)
+    lines = gpu_report.read(out)
+    print("\n" + gpu_report.text_table(lines), flush=True)
+    if any("device" in line for line in lines):
+        gpu_report.write(lines, out.parent)
     if why:
-        sys.exit(f"the CUDA backend cannot run here: {why}")
-    run, weights = Run(arguments.out, arguments.minutes), Weights()
-    large = SHAPES["llama-3.1-8b"] + SHAPES["llama-3.3-70b"]
-    stages = {
-        "check": lambda: check(run, weights),
-        "rates": lambda: rates(run, weights),
-        "time": lambda: timed(run, weights, "time", large, (1,), (2, 3, 4)),
-        "rows": lambda: timed(run, weights, "rows", TUNED_SHAPES, (2, 4, 8, 16, 32, 64, 128), (2, 4)),
-        "e2e": lambda: end_to_end(run, weights),
-        "together": lambda: together(run, weights),
-        "rivals": lambda: rivals(run, weights),
-        "mixed": lambda: mixed(run, weights),
-        "tune": lambda: tune(run, weights),
-    }
-    with torch.inference_mode():
-        for name in arguments.stages:
-            began = time.monotonic()
-            stages[name]()
-            print(f"stage {name}: {time.monotonic() - began:.0f} s", flush=True)
-    print("\n" + gpu_report.text_table(run.lines))
-    gpu_report.write(run.lines, arguments.out.parent)
+        sys.exit(f"not all stages were run: {why}")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def read(path: Path) -> list[Line]:
 
 def of(lines: list[Line], stage: str) -> list[Line]:
     """Return the lines of one stage that have a figure."""
-    return [line for line in lines if line["stage"] == stage]
+    return [line for line in lines if line["stage"] == stage and "failed" not in line]
 
 
 def precision_name(line: Line) -> str:
@@ -59,9 +59,6 @@ def products(lines: list[Line], stage: str) -> Iterator[str]:
 def steps(lines: list[Line]) -> Iterator[str]:
     """Yield whole decode steps."""
     for line in of(lines, "e2e"):
-        if "ms" not in line:
-            yield f"e2e {line['model']} {line['method']}: {line['error']}"
-            continue
         yield (
             f"e2e {line['model']} {line['method']:13s} {precision_name(line):9s} graph {line['graph']:6s} "
             f"{line['ms']:8.3f} ms {line['tokens_per_s']:7.1f} tokens/s {line['speedup_vs_bf16']:5.2f}x bf16"
@@ -96,12 +93,24 @@ def text_table(lines: list[Line]) -> str:
     """Return what matters, for a terminal."""
     if not lines:
         return "nothing was measured"
-    checks = of(lines, "check")
-    head = [
-        f"{lines[-1]['device']}, driver {lines[-1]['driver']}, copy {lines[-1]['copy_gb_per_s']} GB/s",
-        f"check: {sum(line['ok'] for line in checks)} of {len(checks)} right and the same ten times",
-    ]
-    return "\n".join([*head, *products(lines, "time"), *steps(lines), *products(lines, "rows"), *others(lines)])
+    checks, ran = of(lines, "check"), next((line for line in reversed(lines) if "device" in line), None)
+    head = [f"{ran['device']}, driver {ran['driver']}, copy {ran['copy_gb_per_s']} GB/s"] if ran else []
+    if checks:
+        head.append(f"check: {sum(line['ok'] for line in checks)} of {len(checks)} right and the same ten times")
+    parts = [*head, *failures(lines), *products(lines, "time"), *steps(lines), *products(lines, "rows"), *others(lines)]
+    return "\n".join(parts)
+
+
+def failures(lines: list[Line]) -> Iterator[str]:
+    """Yield what is wrong, and what could not be measured with its reason."""
+    for line in of(lines, "check"):
+        if not line["ok"]:
+            yield f"WRONG {line['method']} m {line['m']} p {line['precision']}: {line}"
+    for line in lines:
+        if "failed" in line:
+            names = ("stage", "name", "model", "shape", "method", "m", "precision", "tuning")
+            key = " ".join(f"{name} {line[name]}" for name in names if name in line)
+            yield f"FAILED {key}: {line['failed']}"
 
 
 def table(columns: list[str], rows: list[list[str]]) -> str:
@@ -135,7 +144,6 @@ def step_table(lines: list[Line]) -> str:
             f"{line['tokens_per_s']:.0f}", f"{line['speedup_vs_bf16']:.2f}", f"{100 * line['bandwidth_share']:.0f} %",
         ]
         for line in of(lines, "e2e")
-        if "ms" in line
     ]  # fmt: skip
     return table(["levels", "precision", "graph", "ms", "tokens/s", "of bf16", "of the bandwidth"], rows)
 
@@ -153,7 +161,7 @@ def rival_table(lines: list[Line]) -> str:
 
 def page(lines: list[Line]) -> str:
     """Return the page: where, then each table that has rows."""
-    last = lines[-1]
+    last = next(line for line in reversed(lines) if "device" in line)
     checks = of(lines, "check")
     parts = [
         f"# {last['device']}\n",
@@ -179,6 +187,7 @@ def draw(lines: list[Line], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    last = next(line for line in reversed(lines) if "device" in line)
     figure, panels = pyplot.subplots(1, len(METHODS) + 1, figsize=(13, 4.2), layout="constrained")
     for (method, name), axes in zip(METHODS.items(), panels, strict=False):
         shapes: dict[str, list[tuple[int, float]]] = defaultdict(list)
@@ -195,7 +204,7 @@ def draw(lines: list[Line], path: Path) -> None:
             points = [
                 (line["precision"], line["tokens_per_s"])
                 for line in of(lines, "e2e")
-                if "ms" in line and (line["method"], line["graph"]) == (method, graph) and 0 < line["precision"] < 16
+                if (line["method"], line["graph"]) == (method, graph) and 0 < line["precision"] < 16
             ]
             if points:
                 axes = panels[-1]
@@ -204,7 +213,7 @@ def draw(lines: list[Line], path: Path) -> None:
     if bf16:
         panels[-1].axhline(max(bf16), color="gray", linestyle="--", label="bf16")
     finish(panels[-1], "decode steps, batch 1", "bits", "tokens/s")
-    figure.suptitle(f"{lines[-1]['device']}, commit {lines[-1]['commit']}")
+    figure.suptitle(f"{last['device']}, commit {last['commit']}")
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
@@ -224,7 +233,7 @@ def finish(axes: Any, title: str, x: str, y: str) -> None:
 def published(lines: list[Line]) -> list[Line]:
     """Return the lines as benchmarks/results has them: a table's name, and the facts that docs/results.md shows."""
     made = []
-    for line in lines:
+    for line in (line for line in lines if "failed" not in line):
         machine = f"{line['device']}, driver {line['driver']}, NVRTC {line['nvrtc']}"
         rest = {k: v for k, v in line.items() if k not in ("stage", "device", "driver", "nvrtc", *RUN)}
         facts = {k: line[k] for k in RUN if k != "machine"} | {"machine": machine}

@@ -15,6 +15,7 @@ import torch
 from anybits import bits
 from anybits.errors import AnybitsError
 from anybits.kernels.cuda import backend, layout, plan
+from anybits.kernels.cuda import gpu as gpus
 from anybits.kernels.cuda.layout import DTYPES, Shape
 from anybits.weight import AffineLevels, CodebookLevels, PlaneWeight, group_count
 from conftest import random_weight
@@ -242,8 +243,8 @@ def on_emulator(emulator, monkeypatch):
         del written[:], launches[:]
         return launches
 
-    monkeypatch.setattr(backend, "_launch", launch)
-    monkeypatch.setattr(backend, "_gpu", lambda index: backend._Gpu(0, 90, HOPPER))
+    monkeypatch.setattr(gpus, "launch", launch)
+    monkeypatch.setattr(gpus, "of", lambda index: gpus.Gpu(0, 90, HOPPER))
     monkeypatch.setattr(torch, "empty", tensor)
     return begin
 
@@ -295,7 +296,7 @@ TOGETHER_ALL = {
 @pytest.mark.parametrize("case", TOGETHER | TOGETHER_ALL if ALL else TOGETHER)
 def test_one_launch_gives_the_bits_of_separate_ones(on_emulator, monkeypatch, case):
     rows, k, m, p, group, dtype, gpu = (TOGETHER | TOGETHER_ALL)[case]
-    monkeypatch.setattr(backend, "_gpu", lambda index: backend._Gpu(0, 90, gpu))
+    monkeypatch.setattr(gpus, "of", lambda index: gpus.Gpu(0, 90, gpu))
     precisions = PRECISIONS if group is not None else PRECISIONS[1:]
     weights = [weight_of(n, k, group, precisions=precisions) for n in rows]
     prepared, x = [layout.prepare(weight) for weight in weights], torch.randn(m, k).to(dtype)

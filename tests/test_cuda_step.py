@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from anybits.kernels.cuda import backend, plan
+from anybits.kernels.cuda import gpu as gpus
+from anybits.kernels.cuda import plan
 from anybits.kernels.cuda import step as small
 from cuda_emulation.emulator import COMPILER, Emulator
 
@@ -37,9 +38,9 @@ def reads(emulator, monkeypatch):
         readable[:], writable[:] = tensors, list(writes)
 
     monkeypatch.setattr(torch, "empty_like", poisoned)
-    monkeypatch.setattr(backend, "_gpu", lambda index: backend._Gpu(0, 90, plan.Device(3, 227 << 10)))
+    monkeypatch.setattr(gpus, "of", lambda index: gpus.Gpu(0, 90, plan.Device(3, 227 << 10)))
     monkeypatch.setattr(
-        backend, "_launch", lambda _, launch, arguments: emulator.launch(launch, arguments, readable, writable)
+        gpus, "launch", lambda _, launch, arguments: emulator.launch(launch, arguments, readable, writable)
     )
     torch.manual_seed(int.from_bytes(os.urandom(4), "little"))
     return begin

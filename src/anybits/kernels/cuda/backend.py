@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,26 +11,10 @@ import torch
 from anybits.errors import AnybitsError
 from anybits.kernels import cpu as _cpu  # noqa: F401  (registered before: this backend is asked first)
 from anybits.kernels.backend import register
+from anybits.kernels.cuda import gpu as gpus
 from anybits.kernels.cuda import plan, toolchain
 from anybits.kernels.cuda.layout import DTYPES, CudaWeight, Shape, prepare
 from anybits.weight import PlaneWeight, check_precision
-
-
-@dataclass(frozen=True)
-class _Gpu:
-    """One GPU: its index, sm_NN, and what decides a launch."""
-
-    index: int
-    arch: int
-    device: plan.Device
-
-
-@cache
-def _gpu(index: int) -> _Gpu:
-    properties = torch.cuda.get_device_properties(index)
-    shared = getattr(properties, "shared_memory_per_block_optin", 0) or 99 << 10
-    arch = toolchain.architecture((properties.major, properties.minor))
-    return _Gpu(index, arch, plan.Device(properties.multi_processor_count, shared))
 
 
 class CudaBackend:
@@ -115,7 +98,7 @@ def _matmul(
     y = torch.empty((count, sizes.out_features), dtype=x.dtype, device=x.device)
     if count == 0:
         return y
-    gpu, dtype = _gpu(x.device.index), DTYPES[x.dtype]
+    gpu, dtype = gpus.of(x.device.index), DTYPES[x.dtype]
     planned = plan.product(sizes, count, dtype, precision, gpu.device, tuning)
     for first in range(0, count, planned.rows_at_once):
         here = min(planned.rows_at_once, count - first)
@@ -149,7 +132,7 @@ def _multiply_together(
         x = x.contiguous()
     count, shapes = x.shape[0], tuple(weight.shape for weight in weights)
     made = [torch.empty((count, sizes.out_features), dtype=x.dtype, device=x.device) for sizes in shapes]
-    gpu, dtype, tuning = _gpu(x.device.index), DTYPES[x.dtype], plan.active_tuning()
+    gpu, dtype, tuning = gpus.of(x.device.index), DTYPES[x.dtype], plan.active_tuning()
     planned = plan.together(shapes, count, dtype, precision, gpu.device, tuning)
     for first in range(0, count, planned.rows_at_once):
         here = slice(first, min(first + planned.rows_at_once, count))
@@ -161,7 +144,7 @@ def _multiply_together(
 
 
 def _multiply(
-    gpu: _Gpu,
+    gpu: gpus.Gpu,
     planned: plan.Product,
     weights: Sequence[CudaWeight],
     x: torch.Tensor,
@@ -183,21 +166,12 @@ def _multiply(
     pointers = (x.data_ptr(), planes, levels, 0 if rows is None else rows.data_ptr(), row_scale, out)
     others = [(weight.shape, at) for weight, at in zip(weights[1:], more, strict=True)]
     arguments = planned.launch.arguments(weights[0].shape, count, x.stride(0), pointers, more=others)
-    _launch(gpu, planned.launch, arguments)
+    gpus.launch(gpu, planned.launch, arguments)
     if planned.splits > 1:
         for weight, part, y in zip(weights, outs, made, strict=True):
             reduction = planned.reduction(weight.shape, count, DTYPES[x.dtype])
             pointers = (part.data_ptr(), 0, 0, 0, 0, y.data_ptr())
-            _launch(gpu, reduction, reduction.arguments(weight.shape, count, 0, pointers, planned.splits))
-
-
-def _launch(gpu: _Gpu, launch: plan.Launch, arguments: bytes) -> None:
-    """Start a kernel on the current stream of its device, which need not be the current device."""
-    with torch.cuda.device(gpu.index):
-        capturing = torch.cuda.is_current_stream_capturing()
-        kernel = toolchain.loaded(launch, gpu.index, gpu.arch, capturing)
-        toolchain.ensure_context(gpu.index)
-        kernel(launch, arguments, torch.cuda.current_stream(gpu.index).cuda_stream)
+            gpus.launch(gpu, reduction, reduction.arguments(weight.shape, count, 0, pointers, planned.splits))
 
 
 def _check(x: torch.Tensor, weight: CudaWeight, precision: int, rows: torch.Tensor | None) -> None:
@@ -221,7 +195,7 @@ def dequantize(weight: CudaWeight, precision: int, dtype: torch.dtype) -> torch.
     pointers = (
         0, weight.planes.data_ptr(), weight.levels.data_ptr(), 0, weight.row_scale.data_ptr(), w.data_ptr(),
     )  # fmt: skip
-    _launch(_gpu(device.index), launch, launch.arguments(sizes, 0, 0, pointers))
+    gpus.launch(gpus.of(device.index), launch, launch.arguments(sizes, 0, 0, pointers))
     return w
 
 

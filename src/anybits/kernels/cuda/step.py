@@ -15,7 +15,7 @@ from math import ceil
 
 import torch
 
-from anybits.kernels.cuda import backend
+from anybits.kernels.cuda import gpu as gpus
 from anybits.kernels.cuda.layout import DTYPES
 from anybits.kernels.cuda.plan import Kernel, Launch
 
@@ -90,4 +90,4 @@ def rotate_into(
 
 
 def _run(launch: Launch, x: torch.Tensor, arguments: bytes) -> None:
-    backend._launch(backend._gpu(x.device.index), launch, arguments)
+    gpus.launch(gpus.of(x.device.index), launch, arguments)
