@@ -24,7 +24,7 @@ test-cuda-compile: $(STAMP)
 	ANYBITS_ALL_VARIANTS=1 $(BIN)/python -m pytest tests/test_cuda_compile.py
 
 test-cuda-emulation: $(STAMP)
-	ANYBITS_ALL_VARIANTS=1 $(BIN)/python -m pytest tests/test_cuda_emulation.py
+	ANYBITS_ALL_VARIANTS=1 $(BIN)/python -m pytest tests/test_cuda_emulation.py tests/test_cuda_races.py
 
 test-vllm: $(VLLM_STAMP)
 	$(VLLM_VENV)/bin/python -m pytest tests/vllm_plugin

@@ -2,7 +2,7 @@
 // meet at barriers and warp instructions. What a GPU forgives or only sometimes does, happens here always: a load
 // outside of a buffer or off its alignment is an error, shared memory starts poisoned, asynchronous copies land no
 // sooner than they are waited for, a warp instruction that not all lanes reach is a deadlock, and the order in which
-// threads run is shuffled, so that a missing barrier shows.
+// threads run is shuffled, so that a missing barrier shows. With RACES, races.h finds it whatever the order was.
 #pragma once
 
 #include <math.h>
@@ -45,7 +45,7 @@ struct Meeting {  // of a warp or a block: what each thread brings, and how many
     u64 round = 0;
     u8 brought[WARP][64];
 };
-struct Range { u64 begin, end; bool writable; };
+struct Range { u64 begin, end; bool writable; std::vector<int> users; };
 
 static std::vector<Range> ranges;
 static std::vector<Fiber> fibers;
@@ -64,11 +64,36 @@ static void fail(const char *what, u64 at) {
         snprintf(failure, sizeof failure, "%s at %#llx by thread %d of block %lld, %lld", what, at, current,
                  block_index[0], block_index[1]);
 }
+#ifdef RACES
+}  // namespace emulation
+#include "races.h"
+namespace emulation {
+#else
+#define NOT_TRACED
+static void touch(const void *, size_t, bool, bool = false) {}
+static void landed(const void *, size_t) {}
+static void begin_block(size_t) {}
+static void end_block() {}
+static void passed_block() {}
+static void passed_warp() {}
+#endif
+
+// What a launch writes belongs to one thread: nothing orders the threads of different blocks.
+static bool alone(Range &r, u64 from, size_t size, bool writing) {
+    if (!r.writable) return true;
+    const int me = 1 + current + static_cast<int>(fibers.size() * (block_index[0] + block_index[1] * grid[0]));
+    if (r.users.empty()) r.users.resize(r.end - r.begin);
+    for (u64 i = from - r.begin; i < from - r.begin + size; i++) {
+        if (r.users[i] && r.users[i] != me) return fail("race: two threads use what one of them writes", from), false;
+        if (writing) r.users[i] = me;
+    }
+    return true;
+}
 static bool check(const void *at, size_t size, bool writing) {
     const u64 from = reinterpret_cast<u64>(at);
     if (from % size) return fail("misaligned access", from), false;
-    for (const Range &r : ranges)
-        if (from >= r.begin && from + size <= r.end && (r.writable || !writing)) return true;
+    for (Range &r : ranges)
+        if (from >= r.begin && from + size <= r.end && (r.writable || !writing)) return alone(r, from, size, writing);
     return fail(writing ? "store outside of every buffer" : "load outside of every buffer", from), false;
 }
 
@@ -111,7 +136,7 @@ static void start() {
 }
 
 // Run one block: every thread in turn, each time in another order, until all are done or none can go on.
-static void run_block(int threads, size_t shared_bytes, u32 seed) {
+NOT_TRACED static void run_block(int threads, size_t shared_bytes, u32 seed) {
     memset(shared, 0xcd, sizeof shared);
     for (Meeting &w : warps) w.arrived = 0;
     block.arrived = 0;
@@ -124,6 +149,7 @@ static void run_block(int threads, size_t shared_bytes, u32 seed) {
         f.done = false;
         makecontext(&f.context, start, 0);
     }
+    begin_block(shared_bytes);
     std::vector<int> order(threads);
     for (int i = 0; i < threads; i++) order[i] = i;
     for (int left = threads; left && !failure[0];) {
@@ -141,6 +167,7 @@ static void run_block(int threads, size_t shared_bytes, u32 seed) {
         }
         if (left && !progress) fail("deadlock: not all threads reached a barrier or warp instruction", left);
     }
+    end_block();
     for (size_t i = shared_bytes; i < shared_bytes + FENCE && i < sizeof shared; i++)
         if (shared[i] != 0xcd) return fail("store behind the end of shared memory", i);
 }
@@ -148,7 +175,7 @@ static void run_block(int threads, size_t shared_bytes, u32 seed) {
 static const char *run(i64 gx, i64 gy, int threads, i64 shared_bytes, const u64 *buffers, int count, u32 seed) {
     failure[0] = 0;
     ranges.clear();
-    for (int i = 0; i < count; i++) ranges.push_back({buffers[3 * i], buffers[3 * i + 1], buffers[3 * i + 2] != 0});
+    for (int i = 0; i < count; i++) ranges.push_back({buffers[3 * i], buffers[3 * i + 1], buffers[3 * i + 2] != 0, {}});
     if (static_cast<size_t>(shared_bytes) > SHARED || threads % WARP) return "the launch does not fit";
     fibers.resize(threads);
     for (Fiber &f : fibers) f.stack.resize(STACK);
@@ -168,10 +195,10 @@ DEVICE i64 block_y() { return emulation::block_index[1]; }
 DEVICE i64 blocks_x() { return emulation::grid[0]; }
 
 DEVICE void block_barrier() {
-    emulation::meet(emulation::block, static_cast<int>(emulation::fibers.size()), 1, [] {});
+    emulation::meet(emulation::block, static_cast<int>(emulation::fibers.size()), 1, emulation::passed_block);
 }
 DEVICE void warp_barrier() {
-    emulation::meet(emulation::warps[emulation::current / emulation::WARP], emulation::WARP, 2, [] {});
+    emulation::meet(emulation::warps[emulation::current / emulation::WARP], emulation::WARP, 2, emulation::passed_warp);
 }
 
 template <class T> DEVICE T load(const T *at) {
@@ -184,18 +211,19 @@ template <class T> DEVICE void store(T *at, T value) {
     if (emulation::check(at, sizeof(T), true)) *at = value;
 }
 
-DEVICE void copy_async(void *shared, const void *global) {
+NOT_TRACED static void copy_async(void *shared, const void *global) {
     const u64 to = reinterpret_cast<u64>(shared);
     if (to % 16) emulation::fail("misaligned copy", to);
     if (!emulation::check(global, 16, false)) return;
+    emulation::touch(shared, 16, true, true);
     memset(shared, 0xa5, 16);
     emulation::fibers[emulation::current].groups.back().push_back({shared, global});
 }
 DEVICE void copy_commit() { emulation::fibers[emulation::current].groups.emplace_back(); }
-template <int PENDING> DEVICE void copy_wait() {
+template <int PENDING> NOT_TRACED static void copy_wait() {
     auto &groups = emulation::fibers[emulation::current].groups;
     while (groups.size() > PENDING + 1) {
-        for (const emulation::Copy &c : groups.front()) memcpy(c.to, c.from, 16);
+        for (const emulation::Copy &c : groups.front()) memcpy(c.to, c.from, 16), emulation::landed(c.to, 16);
         groups.erase(groups.begin());
     }
 }

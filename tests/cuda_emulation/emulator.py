@@ -17,32 +17,46 @@ from anybits.kernels.cuda.layout import DTYPES, CudaWeight
 HERE = Path(__file__).parent
 DEFAULT = plan.Tuning()
 COMPILER = os.environ.get("CXX", "g++")
-FLAGS = ("-std=c++17", "-O1", "-shared", "-fPIC", "-fno-gnu-unique", "-Wl,-Bsymbolic", "-ffp-contract=off", "-w")
+FLAGS = ("-std=c++17", "-O1", "-fPIC", "-fno-gnu-unique", "-Wl,-Bsymbolic", "-ffp-contract=off", "-w")
+
+
+RACES = ("-DRACES", f"-I{HERE}", "-fsanitize=thread,alignment", "-fno-threadsafe-statics")
 
 
 class Emulator:
-    """Kernels compiled into `folder`, each variant once."""
+    """Kernels compiled into `folder`, each variant once.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    races: every access to shared memory is checked against the barriers that order it (races.h); several times slower.
+    changed: a text of a kernel's source -> what stands in its place, to show that an error is found.
+    """
+
+    def __init__(self, folder: Path, races: bool = False, changed: tuple[str, str] = ("", "")) -> None:
+        self.folder, self.races, self.changed = folder, races, changed
         self._built: dict[plan.Kernel, ctypes.CDLL] = {}
 
     def build(self, kernel: plan.Kernel) -> ctypes.CDLL:
         if kernel not in self._built:
-            text = kernel.text((HERE / "device.h").read_text())
+            header = (HERE / "device.h").read_text()
+            whole = kernel.text(header)
+            mine = whole[whole.index(header) + len(header) :]
+            assert self.changed[0] in mine, self.changed
+            text = whole[: -len(mine)] + mine.replace(*self.changed, 1)
             text += f"#define KERNEL_NAME {kernel.entry}\n" + (HERE / "run.h").read_text()
-            base = self.folder / hashlib.sha256(text.encode()).hexdigest()[:16]
+            base = self.folder / hashlib.sha256(f"{self.races}{text}".encode()).hexdigest()[:16]
             base.with_suffix(".cpp").write_text(text)
-            command = [COMPILER, *FLAGS, str(base.with_suffix(".cpp")), "-o", str(base.with_suffix(".so"))]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            assert done.returncode == 0, done.stderr
-            library = ctypes.CDLL(str(base.with_suffix(".so")))
-            library.emulate.restype = ctypes.c_char_p
-            library.emulate.argtypes = [
+            source, made, library = (str(base.with_suffix(end)) for end in (".cpp", ".o", ".so"))
+            flags = (*FLAGS, *(RACES if self.races else ()))
+            # Linked apart: the sanitizer's own library must not come along, its hooks are in races.h.
+            for command in ([*flags, "-c", source, "-o", made], [*FLAGS, "-shared", made, "-o", library]):
+                done = subprocess.run([COMPILER, *command], capture_output=True, text=True, check=False)
+                assert done.returncode == 0, done.stderr
+            loaded = ctypes.CDLL(library)
+            loaded.emulate.restype = ctypes.c_char_p
+            loaded.emulate.argtypes = [
                 ctypes.c_char_p, ctypes.c_longlong, ctypes.c_longlong, ctypes.c_int, ctypes.c_longlong,
                 ctypes.c_void_p, ctypes.c_int, ctypes.c_uint,
             ]  # fmt: skip
-            self._built[kernel] = library
+            self._built[kernel] = loaded
         return self._built[kernel]
 
     def launch(
