@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 import struct
 import sys
 import time
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,23 +44,16 @@ TUNINGS = [
 
 def compile_all(shapes: set, rows: tuple[int, ...], precisions: tuple[int, ...], tunings: list[plan.Tuning]) -> None:
     """Compile what a stage needs on all cores at once; the cache on disk keeps it."""
-    kernels, device = set(), gpus.of(torch.cuda.current_device()).device
+    kernels, gpu_ = set(), gpus.of(torch.cuda.current_device())
     for shape, m, p, tuning in itertools.product(shapes, rows, precisions, tunings):
         try:
-            planned = plan.product(shape, m, 1, p, device, tuning)
+            planned = plan.product(shape, m, 1, p, gpu_.device, tuning)
         except AnybitsError:
             continue  # a tuning that does not fit this shape
         kernels |= {planned.launch.kernel, planned.reduction(shape, m, 1).kernel}
         if p:
             kernels.add(plan.dequantization(shape, 1, p).kernel)
-    compile_kernels(kernels)
-
-
-def compile_kernels(kernels: Iterable[plan.Kernel]) -> None:
-    """Put kernels into the cache on disk, on all cores at once."""
-    arch = gpus.of(torch.cuda.current_device()).arch
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda kernel: toolchain.cubin(kernel, arch), kernels))
+    toolchain.compile_ahead(kernels, gpu_.arch)
 
 
 class Weights:
@@ -293,9 +284,10 @@ def together(run: Run, weights: Weights) -> None:
 
 
 def compile_together(shapes: tuple[Shape, ...], wanted: list[tuple[int, int]]) -> None:
-    device = gpus.of(torch.cuda.current_device()).device
+    gpu_ = gpus.of(torch.cuda.current_device())
     compile_all(set(shapes), tuple({m for m, _ in wanted}), tuple({p for _, p in wanted}), [plan.Tuning()])
-    compile_kernels({plan.together(shapes, m, 1, p, device, plan.Tuning()).launch.kernel for m, p in wanted})
+    kernels = {plan.together(shapes, m, 1, p, gpu_.device, plan.Tuning()).launch.kernel for m, p in wanted}
+    toolchain.compile_ahead(kernels, gpu_.arch)
 
 
 def together_and_apart(copies: list, m: int, p: int) -> dict[str, Any]:

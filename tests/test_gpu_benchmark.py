@@ -251,7 +251,7 @@ def tiny_stages(monkeypatch: pytest.MonkeyPatch) -> dict[str, list]:
         (gpu_rivals.Rival, {"found": lambda rival: extension_}),
         (gpus, {"of": lambda index: device}),
         (gpus, {"launch": lambda gpu_, launch, arguments: seen["launched"].append(launch.kernel.text())}),
-        (gpu_stages.toolchain, {"cubin": lambda kernel, arch: seen["compiled"].append(kernel)}),
+        (gpu_stages.toolchain, {"compile_ahead": lambda kernels, arch: seen["compiled"].extend(kernels)}),
         (torch.cuda, dict.fromkeys(("current_device", "empty_cache", "synchronize"), lambda: 0)),
         (gpu_stages.end_to_end_cuda, {"bench_decoding_cuda": bench}),
         (gpu_stages, {"LARGE": ((32, 256), (16, 512)), "CHECKED_SHAPE": (32, 256), "MIXED_SHAPE": (16, 512)}),

@@ -1,5 +1,6 @@
 """The CUDA backend on a real GPU: the whole matrix, CUDA graphs, streams, torch.compile. `make test-gpu` runs it."""
 
+import itertools
 import os
 
 import pytest
@@ -9,6 +10,8 @@ from anybits import bits
 from anybits.errors import AnybitsError
 from anybits.kernels.backend import choose
 from anybits.kernels.cuda import backend as cuda
+from anybits.kernels.cuda import gpu as gpus
+from anybits.kernels.cuda import plan
 from anybits.linear import PlaneLinear
 from anybits.precision import ModelPrecision
 from anybits.weight import AffineLevels, CodebookLevels, PlaneWeight, group_count
@@ -65,6 +68,20 @@ def mixed_rows(m, weight):
     return stored[torch.randint(len(stored), (m,))].cuda()
 
 
+def compile_ahead(shape, rows):
+    """Compile what products of `rows` rows with a weight need, on all cores: one by one it takes half an hour."""
+    gpu, tuning, kernels = gpus.of(0), plan.active_tuning(), set()
+    for dtype, p, m in itertools.product(range(3), (*shape.precisions, 0), rows):
+        planned = plan.product(shape, m, dtype, p, gpu.device, tuning)
+        for count in {m, m % planned.rows_at_once or m}:
+            planned = plan.product(shape, count, dtype, p, gpu.device, tuning)
+            kernels |= {planned.launch.kernel, planned.reduction(shape, count, dtype).kernel}
+    cuda.toolchain.compile_ahead(kernels, gpu.arch)
+
+
+ROWS = (1, 2, 3, 5, 8, 16, 33, 64)
+
+
 @pytest.mark.parametrize("kernel", ["", "simple"])
 @pytest.mark.parametrize("group", GROUPS)
 def test_products(group, kernel, monkeypatch):
@@ -74,8 +91,9 @@ def test_products(group, kernel, monkeypatch):
         for symmetric in (False, True) if group is not None else (False,):
             weight = weight_of(n, k, group, symmetric)
             prepared = backend.prepare(weight)
+            compile_ahead(prepared.shape, ROWS)
             for dtype, bound in TOLERANCE.items():
-                for m in (1, 2, 3, 5, 8, 16, 33, 64):
+                for m in ROWS:
                     x = torch.randn(m, k, device="cuda").to(dtype)
                     for p in (*weight.precisions, mixed_rows(m, weight)):
                         y = backend.matmul(x, prepared, p)

@@ -12,6 +12,8 @@ import logging
 import os
 import tempfile
 import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -168,6 +170,13 @@ def cubin(kernel: Kernel, arch: int) -> bytes:
     return compiled.cubin
 
 
+def compile_ahead(kernels: Iterable[Kernel], arch: int) -> None:
+    """Put variants into the cache, on all cores at once; each is compiled when it is first used otherwise."""
+    compiler_version()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda kernel: cubin(kernel, arch), kernels))
+
+
 @cache
 def _announce_once(arch: int) -> None:
     logger.info(
@@ -234,4 +243,4 @@ def loaded(launch: Launch, index: int, arch: int, capturing: bool) -> Loaded:
     return found
 
 
-__all__ = ["Compiled", "Device", "compile_kernel", "cubin", "loaded", "unsupported"]
+__all__ = ["Compiled", "Device", "compile_ahead", "compile_kernel", "cubin", "loaded", "unsupported"]
