@@ -16,6 +16,7 @@ from anybits.integrations.decode_step import modules as step_modules
 from anybits.integrations.decode_step.attention_layers import _Attention
 from anybits.integrations.decode_step.cache import LEAST_ROOM, GrowingLayer
 from anybits.integrations.decode_step.modules import DenseHead, _GatedMLP, _Norm
+from anybits.kernels import step
 from conftest import ARCHITECTURES, save_tiny, tiny_model
 
 STANDARD_NORMS = {"llama", "llama-tied-bias", "qwen3", "mistral", "phi3", "qwen3-moe"}
@@ -207,3 +208,23 @@ def test_attention_of_other_kinds_is_left_alone() -> None:
         layer.self_attn.__class__ = Capped
     decode_step.use_decode_step(model)
     assert {type(layer.self_attn) for layer in model.model.layers} == {Capped}
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "phi3"])
+def test_modules_are_found_where_a_gpu_is_and_the_cpus_kernels_are_not(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A captured step on a GPU has kernels of its own, built or not what a CPU needs, and with or without AMX in it."""
+    kind, settings = ARCHITECTURES[name]
+    model = transformers.AutoModelForCausalLM.from_config(kind(**settings | WIDER)).eval().to(torch.bfloat16)
+    before = copy.deepcopy(model)
+    monkeypatch.setattr(step, "isa_number", lambda: None)
+    monkeypatch.setattr(step_modules, "_gated", {})
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    decode_step.use_decode_step(model)
+    assert model.config._attn_implementation == "sdpa"
+    for kinds, cls in ((STANDARD_NORMS, _Norm), (STANDARD_MLPS, _GatedMLP), (STANDARD_ATTENTION, _Attention)):
+        assert any(isinstance(module, cls) for module in model.modules()) == (name in kinds), cls
+    tokens = torch.randint(3, 64, (2, 21), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, before(tokens).logits)

@@ -17,13 +17,15 @@ from torch import nn
 from anybits.integrations import transformers as hf
 from anybits.integrations.decode_step import attention as decode_attention
 from anybits.integrations.decode_step.cache import GrowingLayer
-from anybits.integrations.decode_step.modules import agree, on_cpu, with_forward
+from anybits.integrations.decode_step.modules import agree, on_cpu, standard, with_forward
 from anybits.kernels import step
 from anybits.kernels.cuda import step as small
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _NORMS = ("q_norm", "k_norm")
 _PLAIN = {decode_attention.NAME, f"{decode_attention.NAME}_by_rows"}
+_FUSED = _PLAIN | {"sdpa"}
+"""Implementations whose layers may take the kernel of a GPU: on a CPU with AMX torch's own stays in use."""
 _HIDDEN, _POSITIONS = 32, 5
 
 
@@ -52,7 +54,7 @@ class _Attention:
         if (
             attention_mask is not None
             and past_key_values is not None
-            and self.config._attn_implementation in _PLAIN
+            and self.config._attn_implementation in _FUSED
             and not (kwargs and (kwargs.get("output_attentions") or not decode_attention.is_plain(kwargs)))
             and small.usable(hidden_states, *position_embeddings)
             and position_embeddings[0].shape[-1] == self.head_dim
@@ -102,7 +104,7 @@ def _slots_step(
 
 
 def use_step_attention(model: nn.Module) -> None:
-    """Let attention layers that do what Llama's does take the kernel, where decode attention is in use."""
+    """Let attention layers that do what Llama's does take the kernels, where decode attention or torch's is in use."""
     for module in model.modules():
         if _is_attention(module):
             module.__class__ = with_forward(_Attention, type(module))
@@ -117,7 +119,7 @@ def _is_attention(module: Any) -> bool:
     named = all(
         hasattr(module, name) for name in ("config", "layer_idx", "head_dim", "scaling", "num_key_value_groups")
     )
-    if not named or module.config._attn_implementation not in _PLAIN or module.head_dim % 32:
+    if not named or module.config._attn_implementation not in _FUSED or module.head_dim % 32:
         return False
     try:
         return _does_the_same(module)
@@ -156,6 +158,7 @@ def _does_the_same(module: Any) -> bool:
     x = noise(1, 1, _HIDDEN)
     with torch.no_grad():
         own = little(hidden_states=x, position_embeddings=angles, attention_mask=None, past_key_values=caches[0])[0]
-        ours = _step(little, x, angles, caches[1].layers[0])
+        place = caches[1].layers[0].next_place()
+        ours = little.o_proj(standard().attend_new(_projected(little, x), angles, place, little.scaling))
     kept = zip((caches[0].layers[0].keys, caches[0].layers[0].values), caches[1].layers[0].next_place(), strict=True)
     return agree(own, ours) and all(torch.equal(a, b[:, :, :-1]) for a, b in kept)

@@ -2,8 +2,9 @@
 
 In transformers a norm is six operators and a gated activation two, and torch's bfloat16 product of one row uses one
 thread. A module is replaced where its class computes the standard formula: that is asked of the module itself, by
-comparing it with the kernel on random rows. It keeps its parameters, its place and its class as a base; whatever is
-not bfloat16 on a CPU, outside autograd, runs as before.
+comparing it with the kernel, or with what it computes, on random rows. It keeps its parameters, its place and its class
+as a base; whatever is not bfloat16, outside autograd, on a CPU or in a captured step on a GPU (kernels/cuda/step.py),
+runs as before.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from anybits.integrations.decode_step import formulas
 from anybits.kernels import step
 from anybits.kernels.cuda import step as small
 from anybits.linear import PlaneLinear, Siblings
@@ -71,13 +73,13 @@ def use_step_modules(model: Any) -> None:
             layers = [layer for name in names if type(layer := getattr(module, name, None)) is PlaneLinear]
             if len(layers) == len(names) and len({layer.in_features for layer in layers}) == 1:
                 Siblings(layers)
-    if step.isa_number() is None:
-        return
     for module in model.modules():
         if _is_norm(module):
             module.__class__ = with_forward(_Norm, type(module))
         elif _is_gated_mlp(module):
             module.__class__ = with_forward(_GatedMLP, type(module))
+    if step.isa_number() is None:
+        return
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if type(head) is nn.Linear and head.weight.is_contiguous() and _ours(head.weight, head.bias):
         head.__class__ = DenseHead
@@ -92,6 +94,11 @@ def with_forward(first: type, base: type) -> Any:
         about = {"__module__": base.__module__, "__doc__": base.__doc__}
         _made[first, base] = types.new_class(base.__name__, (first, base), exec_body=lambda body: body.update(about))
     return _made[first, base]
+
+
+def standard() -> Any:
+    """Return what modules are compared with: the kernels that will run on a CPU, or what they compute."""
+    return formulas if step.isa_number() is None else step
 
 
 def _ours(*tensors: torch.Tensor | None) -> bool:
@@ -115,7 +122,7 @@ def _is_norm(module: Any) -> bool:
         return False
     x, here = _rows(weight.shape[0]), on_cpu(module)
     with torch.no_grad():
-        return agree(here.forward(x), step.rms_norm(x, here.weight, _eps(here)))
+        return agree(here.forward(x), standard().rms_norm(x, here.weight, _eps(here)))
 
 
 def on_cpu(module: Any) -> Any:
@@ -153,7 +160,7 @@ def _computes_gated(cls: Any) -> bool:
             own = cls.forward(like, x)
         except (AttributeError, TypeError):  # it needs more than its layers
             return False
-        return agree(own, like.down_proj(step.silu_mul(like.gate_proj(x), like.up_proj(x))))
+        return agree(own, like.down_proj(standard().silu_mul(like.gate_proj(x), like.up_proj(x))))
 
 
 def _rows(columns: int) -> torch.Tensor:
