@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ class Graph:
 
     def __init__(self, step: Callable[[], torch.Tensor], device: torch.device, pool: Any) -> None:
         with torch.cuda.device(device):
-            before, side = torch.cuda.current_stream(), torch.cuda.Stream()
+            before, side = torch.cuda.current_stream(), _capture_stream(torch.cuda.current_device())
             side.wait_stream(before)
             with torch.cuda.stream(side):
                 for _ in range(WARM_UPS):
@@ -30,7 +31,7 @@ class Graph:
             self._graph = torch.cuda.CUDAGraph()
             try:
                 # Other threads may allocate meanwhile: a server does not stop for a capture.
-                with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+                with torch.cuda.graph(self._graph, pool=pool, stream=side, capture_error_mode="thread_local"):
                     self._result = step()
             except RuntimeError as error:
                 raise AnybitsError(
@@ -42,6 +43,15 @@ class Graph:
         """Replay on the current stream; the next replay overwrites what this returns."""
         self._graph.replay()
         return self._result
+
+
+@cache
+def _capture_stream(index: int) -> torch.cuda.Stream:
+    """Return the stream on which GPU `index` captures: torch's own belongs to the GPU that captured first.
+
+    Graphs that share memory must be captured on one stream, and what a library keeps for it is made by the runs before.
+    """
+    return torch.cuda.Stream(index)
 
 
 def _first_said(error: BaseException) -> str:
