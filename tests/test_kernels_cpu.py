@@ -29,6 +29,8 @@ PRECISIONS = tuple(range(1, 9))
 # Relative L2 error, per dtype of x: what the kernel adds plus what rounding y to that dtype adds.
 TOLERANCE = {torch.float32: 2.5e-4, torch.bfloat16: 4e-3, torch.float16: 8e-4}
 TOLERANCE_OF_8_BITS = 3e-2
+# Rows of x and affine levels up to which a row's result is the same to the last bit in any batch (docs/kernels.md).
+LARGEST_EQUAL_BATCH = {"avx2": 15, "neon": 15}
 
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="the CPU kernels were not compiled")
 
@@ -169,8 +171,9 @@ def test_a_row_does_not_depend_on_its_batch(isa, case, monkeypatch):
     x = torch.randn(67, weight.in_features).bfloat16()
     precision = torch.randint(1, 9, (67,), dtype=torch.int32)
     alone = torch.cat([backend.matmul(x[i : i + 1], packed, p) for i, p in enumerate(precision.tolist())])
-    assert torch.equal(backend.matmul(x, packed, precision), alone)
-    for rows in (2, 4, 8, 13, 16):
+    most = 67 if case == "codebook ragged" else LARGEST_EQUAL_BATCH.get(isa, 67)
+    assert torch.equal(backend.matmul(x[:most], packed, precision[:most]), alone[:most])
+    for rows in (2, 4, 8, 13, min(16, most)):
         first = int(torch.randint(0, 67 - rows, ()))
         assert torch.equal(
             backend.matmul(x[first : first + rows], packed, precision[first : first + rows]),
@@ -255,11 +258,12 @@ def test_activations_in_8_bits(isa, case):
             assert error(backend.matmul(x, packed, precision), x, weight, precision) < TOLERANCE_OF_8_BITS, rows
 
 
-@pytest.mark.skipif("avx512" not in ISAS, reason="this machine has no products of bytes")
 @pytest.mark.parametrize("make", [affine, codebook])
-def test_activations_in_8_bits_are_those_of_their_row(make):
+@pytest.mark.parametrize("isa", ISAS)
+def test_activations_in_8_bits_are_those_of_their_row(isa, make, monkeypatch):
     """Ten equal runs on any thread count; up to seven rows do not touch one another, nor does an infinite one."""
-    weight, backend = make(200, 640), cpu.CpuBackend("avx512", activation_bits=8)
+    monkeypatch.setattr(cpu, "_dense_is_faster", lambda *_: False)
+    weight, backend = make(200, 640), cpu.CpuBackend(isa, activation_bits=8)
     packed = backend.prepare(weight)
     x = torch.randn(40, 640).bfloat16()
     for p in (2, 4, 6):
@@ -298,6 +302,34 @@ def test_many_rows_of_bf16(case, monkeypatch):
     y = backend.matmul(x, packed, 4)
     assert not y[7].isfinite().any()
     assert y[torch.arange(600) != 7].isfinite().all()
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize("case", ["affine", "affine ragged", "affine symmetric", "affine bf16 levels", "affine 8 bits"])
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa in LARGEST_EQUAL_BATCH])
+def test_many_rows_of_levels_in_words(isa, case, bits, monkeypatch):
+    """No GEMM runs; from where levels are made on, a row's result depends on no other row, infinite ones included."""
+    monkeypatch.setattr(cpu, "_dense", lambda *_: pytest.fail("a GEMM ran"))
+    weight, backend = CASES[case](), cpu.CpuBackend(isa, activation_bits=bits)
+    packed = backend.prepare(weight)
+    for p in PRECISIONS:
+        for dtype, bound in TOLERANCE.items():
+            x = torch.randn(70, weight.in_features).to(dtype)
+            y = backend.matmul(x, packed, p)
+            assert error(y, x, weight, p) < (bound if p > 3 or bits == 16 else TOLERANCE_OF_8_BITS), (p, dtype)
+            torch.set_num_threads(2)
+            assert torch.equal(y, backend.matmul(x, packed, p))
+            torch.set_num_threads(1)
+        if p > 1 and bits == 16:
+            assert torch.equal(backend.matmul(x[10:27], packed, p), y[10:27])
+    x[7, 5] = float("inf")
+    bad = backend.matmul(x, packed, 8)
+    assert not bad[7].isfinite().any()
+    assert torch.equal(bad[torch.arange(70) != 7], y[torch.arange(70) != 7])
+    x = torch.randn(600, weight.in_features)
+    precision = torch.randint(1, 9, (600,), dtype=torch.int32)
+    bound = TOLERANCE[torch.float32] if bits == 16 else TOLERANCE_OF_8_BITS
+    assert error(backend.matmul(x, packed, precision), x, weight, precision) < bound
 
 
 @pytest.mark.skipif("avx512" not in ISAS, reason="this machine has no products of bytes")

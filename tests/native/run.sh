@@ -14,6 +14,7 @@ else
     cxx=("${CXX:-g++}" -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all "${common[@]}")
 fi
 declare -A flags
+flags[isa_neon_dot]=$([ "$mode" = arm ] || [ "$(uname -m)" = aarch64 ] && echo -march=armv8.2-a+dotprod || true)
 if [ "$mode" != arm ] && [ "$(uname -m)" = x86_64 ]; then
     flags[isa_avx2]="-mavx2 -mfma -mf16c"
     flags[isa_avx512]="-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512vnni -mgfni"
@@ -23,7 +24,7 @@ if [ "$mode" != arm ] && [ "$(uname -m)" = x86_64 ]; then
     flags[isa_avx512_bf16]=${flags[step_avx512_bf16]}
     flags[isa_amx]="${flags[isa_avx512]} -mamx-tile -mamx-int8"
 fi
-for source in blob dispatch threads isa_portable isa_avx2 isa_avx512 isa_avx512_bf16 isa_amx isa_neon step step_portable step_avx2 step_avx512 step_avx512_bf16; do
+for source in blob dispatch threads isa_portable isa_avx2 isa_avx512 isa_avx512_bf16 isa_amx isa_neon isa_neon_dot step step_portable step_avx2 step_avx512 step_avx512_bf16; do
     # shellcheck disable=SC2086
     "${cxx[@]}" ${flags[$source]:-} -c "src/anybits/csrc/$source.cpp" -o "$out/$source.o" &
 done
@@ -31,4 +32,9 @@ done
 "${cxx[@]}" -c tests/native/step.cpp -o "$out/step_driver.o"
 wait
 "${cxx[@]}" "$out"/*.o -o "$out/driver" -ldl
-if [ "$mode" = arm ]; then qemu-aarch64 "$out/driver"; else "$out/driver"; fi
+if [ "$mode" = arm ]; then
+    qemu-aarch64 -cpu cortex-a57 "$out/driver"  # without dot products
+    qemu-aarch64 -cpu max "$out/driver"
+else
+    "$out/driver"
+fi

@@ -16,8 +16,8 @@ struct Group {
     int64_t tables, scales;  // where their activations begin, in bytes, and their scales, in floats
 };
 
-// What becomes of the activations: what the default needs, tables of sums in 8 bits, 8-bit numbers, or what they are.
-enum Form { EXACT, SHORT_TABLES, BYTES, BF16 };
+// What becomes of the activations: what the default needs, tables of sums in 8 bits, 8-bit numbers, 14-bit ones, or what they are.
+enum Form { EXACT, SHORT_TABLES, BYTES, WORD_LEVELS, BF16 };
 
 // Activations are kept by row of x, whatever precision the row runs at, so that the next layer that reads
 // the same x can use them again.
@@ -77,4 +77,5 @@ const Kernels *kernels_avx2();
 const Kernels *kernels_avx512();
 const Kernels *kernels_avx512_bf16();
 const Kernels *kernels_neon();
+const Kernels *kernels_neon_dot();
 const Kernels *kernels_amx();

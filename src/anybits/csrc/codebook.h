@@ -14,6 +14,7 @@ struct ShortIntegers {
     static constexpr float X_LIMIT = 16383.0f;  // 16 products with centroids of at most 8191 fit into 31 bits
     static constexpr float CENTROID = 1.0f;     // what a centroid of a table stands for, in those of the blob
     static constexpr int BIAS = 0;              // what is added to each
+    static constexpr int CODES_ROWS = 16;       // rows of x from which storing codes costs less than looking them up for every four
 };
 
 // Activations lie [span][row of x][column], so that those which are read together are neighbours.
@@ -305,9 +306,10 @@ void codebook_few_rows(const Call &c, const Segment &s, int64_t n, int64_t count
 }
 
 // Whether storing codes costs less than looking them up again for every four rows of x: measured on Zen 4, docs/kernels.md.
+template <class I>
 inline bool shares_codes(const Call &c) {
     if (c.segment_count > 1) return c.rows >= 4;
-    return c.rows >= (c.form == BYTES ? 8 : 16) || (c.rows > 4 && c.segments[0].precision >= 5);
+    return c.rows >= (c.form == BYTES ? 8 : I::CODES_ROWS) || (c.rows > 4 && c.segments[0].precision >= 5);
 }
 
 // The totals of the partial sums of `count` output rows, `stride` floats apart.
@@ -328,7 +330,7 @@ void codebook_multiply(const Call &c, int64_t first, int64_t last, float *scratc
     for (int64_t tile = first; tile < last; tile++) {
         const int64_t row = tile * CODEBOOK_TILE, count = n - row < CODEBOOK_TILE ? n - row : CODEBOOK_TILE;
         memset(scratch, 0, static_cast<size_t>(count * c.rows * I::LANES) * sizeof(float));
-        if (shares_codes(c))
+        if (shares_codes<I>(c))
             codebook_rows<I>(c, row, count, scratch);
         else
             for (int i = 0; i < c.segment_count; i++)

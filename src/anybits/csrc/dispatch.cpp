@@ -7,6 +7,10 @@
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 #include "threads.h"
@@ -29,6 +33,21 @@ bool has_amx() {
     if (!has_avx512() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
     if ((d & TILE_AND_INT8) != TILE_AND_INT8) return false;
     return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+#else
+    return false;
+#endif
+}
+#endif
+
+#if defined(__aarch64__)
+bool has_dot_products() {
+#if defined(__linux__)
+    constexpr unsigned long DOT_PRODUCTS = 1ul << 20;  // HWCAP_ASIMDDP
+    return (getauxval(AT_HWCAP) & DOT_PRODUCTS) != 0;
+#elif defined(__APPLE__)
+    int has = 0;
+    size_t size = sizeof has;
+    return sysctlbyname("hw.optional.arm.FEAT_DotProd", &has, &size, nullptr, 0) == 0 && has;
 #else
     return false;
 #endif
@@ -60,7 +79,10 @@ const Kernels *built(int isa) {
         case AB_AVX512: return ab_fuses_bf16(isa) ? kernels_avx512_bf16() : kernels_avx512();
         case AB_AMX: return kernels_amx();
 #elif defined(__aarch64__)
-        case AB_NEON: return kernels_neon();
+        case AB_NEON: {
+            static const bool dot = kernels_neon_dot() && has_dot_products();
+            return dot ? kernels_neon_dot() : kernels_neon();
+        }
 #endif
         default: return nullptr;
     }

@@ -57,7 +57,8 @@ Kernel against slabs in ms: affine p = 3 at 160 rows 15.6 and 16.1, p = 4 at 80 
 and 11.6, p = 6 at 48 rows 8.7 and 9.4, at 56 rows 10.2 and 9.5, p = 8 at 40 rows 9.8 and 10.4, at 48 rows 11.5 and
 10.4; codebook p = 2 / 4 / 6 at 64 rows, 8.5 / 8.0 / 8.2 and 8.9 / 8.6 / 8.6, at 96 rows 12.1 / 12.4 / 12.7 and 10.9,
 p = 8 at 48 rows 7.1 and 8.3, at 64 rows 9.0 and 8.6. Precisions 5 to 8 of amx are extrapolated, NEON's row is a copy
-of avx2's and portable's a guess.
+of avx2's and portable's a guess. Affine rows of avx2 and neon are for groups that 128 columns do not divide; others
+multiply levels in 14 bits (csrc/word_levels.h), which no GEMM of float32 is faster than.
 """
 
 LEAST_DENSE_ROWS = min(rows for crossings in DENSE_ROWS.values() for rows in crossings[1:])
@@ -293,7 +294,9 @@ def _dense_is_faster(
 ) -> bool:
     header = _header(blob)
     highest = precision if rows is None else int(rows.max())
-    if not 1 <= highest <= 8 or _by_bytes(header, highest, activation_bits) or _by_bf16(x, header, highest):
+    if not 1 <= highest <= 8 or _by_words(header):
+        return False
+    if _by_bytes(header, highest, activation_bits) or _by_bf16(x, header, highest):
         return False
     limit = DENSE_ROWS[ISAS[header.isa], header.affine][highest]
     if rows is not None:
@@ -304,6 +307,11 @@ def _dense_is_faster(
 def _by_bytes(header: _Header, highest: int, activation_bits: int) -> bool:
     """Return whether products of bytes run, for any number of rows."""
     return activation_bits == 8 and highest <= BYTE_PLANES and ISAS[header.isa] in ("avx512", "amx")
+
+
+def _by_words(header: _Header) -> bool:
+    """Return whether many rows multiply levels in 14 bits that are never written."""
+    return header.affine and header.whole_blocks and ISAS[header.isa] in ("avx2", "neon")
 
 
 def _by_bf16(x: torch.Tensor, header: _Header, highest: int) -> bool:
@@ -317,7 +325,7 @@ def _rows_of_a_pass(
 ) -> int:
     header, highest = _header(blob), precision if rows is None else int(rows.max())
     levels = header.affine and (_by_bytes(header, highest, activation_bits) or _by_bf16(x, header, highest))
-    return LEVEL_PASS_ROWS if levels else PASS_ROWS
+    return LEVEL_PASS_ROWS if levels or _by_words(header) else PASS_ROWS
 
 
 def _checked_rows(rows: torch.Tensor, count: int) -> torch.Tensor:
@@ -337,6 +345,7 @@ class _Header:
     affine: bool
     out_features: int
     in_features: int
+    whole_blocks: bool  # affine: 128 columns share a scale of the activations
     precisions: tuple[int, ...]
 
 
@@ -344,8 +353,9 @@ def _header(blob: torch.Tensor) -> _Header:
     if blob.numel() < 64:
         raise AnybitsError(f"a packed weight of {blob.numel()} bytes cannot be one")
     fields = struct.unpack("<Q4i3qiI", blob[:56].numpy().tobytes())
-    _, isa, levels, _, _, n, k, _, planes, mask = fields
-    return _Header(isa, levels == _AFFINE, n, k, tuple(p for p in range(1, planes + 1) if mask >> p & 1))
+    _, isa, levels, _, _, n, k, group, planes, mask = fields
+    whole = group % 128 == 0 or group % 32 != 0
+    return _Header(isa, levels == _AFFINE, n, k, whole, tuple(p for p in range(1, planes + 1) if mask >> p & 1))
 
 
 def _refusal(
