@@ -117,9 +117,9 @@ def compile_kernel(kernel: Kernel, arch: int) -> Compiled:
     options = [f"--gpu-architecture=sm_{arch}".encode(), b"--std=c++17", b"--ptxas-options=-v"]
     status = nvrtc.nvrtcCompileProgram(program, len(options), options)
     size = _checked(nvrtc.nvrtcGetProgramLogSize(program), "reading NVRTC's log")
-    log = b" " * size
+    log = bytes(max(size, 2))  # written in place: Python shares bytes of length 1 with everybody
     nvrtc.nvrtcGetProgramLog(program, log)
-    said = log.decode(errors="replace")
+    said = log.decode(errors="replace").rstrip("\0")
     if int(status[0]):
         raise AnybitsError(f"NVRTC could not compile {kernel.source} {dict(kernel.macros)} for sm_{arch}: {said}")
     size = _checked(nvrtc.nvrtcGetCUBINSize(program), "NVRTC")
