@@ -251,9 +251,9 @@ def test_activations_in_8_bits(isa, case):
             y = backend.matmul(x, packed, p)
             assert y.dtype == dtype
             assert error(y, x, weight, p) < TOLERANCE_OF_8_BITS, (p, rows)
-    for rows in (3, 17, 66):
+    for rows in (3, 17, 66, 150):
         x = torch.randn(rows, weight.in_features)
-        for highest in (6, 8):
+        for highest in (4, 6, 8):
             precision = torch.randint(1, 1 + highest, (rows,), dtype=torch.int32)
             assert error(backend.matmul(x, packed, precision), x, weight, precision) < TOLERANCE_OF_8_BITS, rows
 
@@ -283,7 +283,7 @@ def test_activations_in_8_bits_are_those_of_their_row(isa, make, monkeypatch):
 @pytest.mark.skipif(
     LIBRARY is None or not LIBRARY.fuses_bf16(cpu.ISAS.index("avx512")), reason="this machine has no products of bf16"
 )
-@pytest.mark.parametrize("case", [name for name in CASES if name.startswith("affine")])
+@pytest.mark.parametrize("case", CASES)
 def test_many_rows_of_bf16(case, monkeypatch):
     """What a GEMM with bf16 weights gives, but no GEMM runs: precisions alone and together, all rows in one pass."""
     monkeypatch.setattr(cpu, "_dense", lambda *_: pytest.fail("a GEMM ran"))

@@ -199,7 +199,7 @@ void check_shape(const ab_shape &shape) {
     for (int rows = 7; rows <= 19; rows += 4) check_matmul(w, 5, rows, rows % 8 == 7, false, true);
     for (int p = 2; p <= 8; p += 3) check_matmul(w, p, 1, false, false, true), check_matmul(w, p, 8, p == 5, false, true);
     for (int p = 1; p <= 8; p++) check_matmul(w, p, p % 2 ? 3 : 17, false, true, p % 3 == 0);
-    for (int p = 2; p <= 4; p += 2) check_matmul(w, p, 97, false, false, true);
+    for (int p = 2; p <= 4; p += 2) check_matmul(w, p, 97, false, false, true), check_matmul(w, p, 37, false, true, true);
     for (int rows : {1, 8, 33}) check_matmul(w, 4, rows, true, true), check_matmul(w, 5, rows, false, true, true);
     check_refusals(w);
     free(w.blob);

@@ -1,4 +1,4 @@
-// Affine levels, many rows of bf16 x: levels.h with levels in bf16, which vdpbf16ps multiplies and adds. What a matrix of bf16
+// Many rows of bf16 x: levels.h with levels in bf16, which vdpbf16ps multiplies and adds. What a matrix of bf16
 // weights would give, without ever writing it.
 #pragma once
 
@@ -15,10 +15,11 @@ struct alignas(64) Bf16Tables {
 
 // Activations of one row: [block][row of x][column], a step's columns in LEVEL_ORDER.
 inline int16_t *bf16_activations_at(const Call &c, int64_t block, int row) {
-    return reinterpret_cast<int16_t *>(c.tables) + (block * c.rows + row) * c.weight->block_columns;
+    const int64_t columns = LevelBlocks(c.weight).columns;
+    return reinterpret_cast<int16_t *>(c.tables) + (block * c.rows + row) * columns;
 }
 
-inline void bf16_activations(const Call &c, int row) {
+inline void bf16_affine_activations(const Call &c, int row) {
     const Header *h = c.weight;
     const int64_t k = h->shape.in_features;
     const int16_t *x = static_cast<const int16_t *>(c.x) + row * c.x_stride;
@@ -29,6 +30,19 @@ inline void bf16_activations(const Call &c, int row) {
         const __m512i v = _mm512_maskz_loadu_epi16(some, x + column);
         _mm512_storeu_si512(bf16_activations_at(c, block, row) + column % h->block_columns,
                             _mm512_permutexvar_epi16(order, v));
+    }
+}
+
+inline void bf16_codebook_activations(const Call &c, int row) {
+    const int64_t k = c.weight->shape.in_features, parts = SPAN / CENTROID_BLOCK;
+    const int16_t *x = static_cast<const int16_t *>(c.x) + row * c.x_stride;
+    for (int64_t span = 0; span < c.weight->spans; span++) {
+        int16_t some[SPAN] = {0}, ordered[SPAN];
+        const int64_t left = k - span * SPAN;
+        if (left < SPAN) memcpy(some, x + span * SPAN, static_cast<size_t>(left) * sizeof *x);
+        order_span(left < SPAN ? some : x + span * SPAN, ordered);
+        for (int64_t part = 0; part < parts; part++)
+            memcpy(bf16_activations_at(c, span * parts + part, row), ordered + part * CENTROID_BLOCK, CENTROID_BLOCK * sizeof *x);
     }
 }
 
@@ -45,7 +59,7 @@ constexpr PairPlaces PAIR_PLACES;
 
 struct Bf16Levels {
     using Tables = Bf16Tables;
-    static constexpr int PLANES = BF16_PLANES, COLUMNS = 2;
+    static constexpr int ROWS = 6, TILES = 4, PLANES = BF16_PLANES, COLUMNS = 2;  // 8 and 2 are 5 % slower, in bytes 15 % faster
 
     template <int P, int DTYPE>
     static void fill(const Header *h, int64_t tile, int64_t block, Tables *out) {
@@ -72,6 +86,21 @@ struct Bf16Levels {
     }
 
     template <int P>
+    static void fill_centroids(const Header *h, int64_t n, int64_t count, Tables *out) {
+        alignas(64) uint8_t low[4][64] = {{0}}, high[4][64] = {{0}};
+        for (int64_t r = 0; r < count; r++) {
+            const int16_t *centroids = centroids_at(h, P, n + r);
+            const float scale = row_scales(h, P)[n + r];
+            for (int group = 0; group < (P <= 2 ? 1 : 1 << (P - 2)); group++)
+                for (int entry = 0; entry < 4; entry++) {
+                    const uint16_t value = float_to_bf16(static_cast<float>(centroids[code_of<P>(group, entry)]) * scale);
+                    low[group][4 * r + entry] = static_cast<uint8_t>(value), high[group][4 * r + entry] = static_cast<uint8_t>(value >> 8);
+                }
+        }
+        for (int group = 0; group < 4; group++) out->low[group] = _mm512_load_si512(low[group]), out->high[group] = _mm512_load_si512(high[group]);
+    }
+
+    template <int P>
     static inline __attribute__((always_inline)) void store(const Tables &tables, const __m512i *words, int bit, uint8_t *out) {
         const LevelPlaces at = level_places<P>(words, bit);
         const __m512i low = find_levels<P>(tables.low, at), high = find_levels<P>(tables.high, at);
@@ -88,45 +117,46 @@ struct Bf16Levels {
 #pragma GCC unroll 8
         for (int m = 0; m < M; m++) {
             x[m] = bf16_activations_at(c, block, c.order[from + m]);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
             for (int t = 0; t < T; t++) sums[m][t] = _mm512_loadu_ps(y + (t * c.rows + from + m) * 16);
         }
 #pragma GCC unroll 4
         for (int64_t i = 0; i < count; i++) {
             __m512bh w[T];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
             for (int t = 0; t < T; t++) w[t] = reinterpret_cast<__m512bh>(_mm512_load_si512(levels + t * LEVEL_BLOCK<Bf16Levels> + 64 * i));
 #pragma GCC unroll 8
             for (int m = 0; m < M; m++) {
                 int32_t two;
                 memcpy(&two, x[m] + 2 * i, 4);
                 const __m512bh v = reinterpret_cast<__m512bh>(_mm512_set1_epi32(two));
-#pragma GCC unroll 2
+#pragma GCC unroll 4
                 for (int t = 0; t < T; t++) sums[m][t] = _mm512_dpbf16_ps(sums[m][t], w[t], v);
             }
         }
 #pragma GCC unroll 8
         for (int m = 0; m < M; m++)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
             for (int t = 0; t < T; t++) _mm512_storeu_ps(y + (t * c.rows + from + m) * 16, sums[m][t]);
     }
 };
 
 // For levels_pay. 4 bits would gain from 16 rows on; up to 32 a row's result does not depend on its batch.
-constexpr int BF16_ROWS[] = {0, 128, 96, 40, 33};
+constexpr int BF16_ROWS[] = {0, 128, 96, 40, 33}, BF16_CENTROIDS_ROWS[] = {0, 33, 33, 33, 33};
 
 struct Bf16Instance {
     static Form form(const Call &c) {
-        const bool many = c.dtype == AB_BF16 && levels_pay(c, BF16_ROWS, BF16_PLANES);
-        return many && !c.eight_bits ? BF16 : kernels_avx512()->form(c);
+        const Form other = kernels_avx512()->form(c);
+        const int *rows = c.weight->shape.levels == AB_CODEBOOK ? BF16_CENTROIDS_ROWS : BF16_ROWS;
+        return c.dtype == AB_BF16 && !c.eight_bits && levels_pay(c, rows, BF16_PLANES) ? BF16 : other;
     }
     static void activations(const Call &c, int row, float *floats) {
         if (c.form != BF16) return kernels_avx512()->activations(c, row, floats);
-        bf16_activations(c, row);
+        c.weight->shape.levels == AB_CODEBOOK ? bf16_codebook_activations(c, row) : bf16_affine_activations(c, row);
     }
     static void multiply(const Call &c, int64_t first, int64_t last, float *scratch) {
         if (c.form != BF16) return kernels_avx512()->multiply(c, first, last, scratch);
-        level_multiply<Bf16Levels>(c, first, last, scratch);
+        multiply_levels<Bf16Levels>(c, first, last, scratch);
     }
     static const Kernels *kernels() {
         const Kernels *other = kernels_avx512();

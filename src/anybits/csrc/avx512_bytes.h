@@ -80,31 +80,37 @@ struct Avx512Bytes : Avx512 {
     }
 };
 
-// ---- affine levels, several rows of x: levels.h with bytes
+// ---- several rows of x: levels.h with bytes
 
 // Activations of one row: [block][row of x][column], a step's columns in LEVEL_ORDER, and for each block minus BYTE_BIAS
 // times their sum.
 struct ByteActivations {
     int8_t *x;
     int32_t *biases;
-    int64_t block_columns, rows;
-    explicit ByteActivations(const Call &c)
-        : x(reinterpret_cast<int8_t *>(c.tables)), block_columns(c.weight->block_columns), rows(c.rows) {
-        biases = reinterpret_cast<int32_t *>(c.tables + c.weight->blocks * rows * block_columns);
+    LevelBlocks blocks;
+    int64_t rows;
+    explicit ByteActivations(const Call &c) : x(reinterpret_cast<int8_t *>(c.tables)), blocks(c.weight), rows(c.rows) {
+        biases = reinterpret_cast<int32_t *>(c.tables + blocks.count * rows * blocks.columns);
     }
-    int8_t *at(int64_t block, int row) const { return x + (block * rows + row) * block_columns; }
+    int8_t *at(int64_t block, int row) const { return x + (block * rows + row) * blocks.columns; }
     int32_t *bias(int64_t block, int row) const { return biases + block * rows + row; }
 };
 
 inline void byte_activations(const Call &c, int row, float *floats) {
     const Header *h = c.weight;
-    const int64_t padded = h->steps * STEP;
     const ByteActivations to(c);
+    const bool codebook = h->shape.levels == AB_CODEBOOK;
+    const int64_t padded = codebook ? h->spans * SPAN : h->steps * STEP;
     load_x<Avx512>(c, row, floats, padded);
-    const __m256i order = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(LEVEL_ORDER));
-    for (int64_t block = 0; block < h->blocks; block++) {
-        const int64_t first = block * h->block_columns;
-        const int64_t last = first + h->block_columns < padded ? first + h->block_columns : padded;
+    for (int64_t span = 0; codebook && span < h->spans; span++) {
+        float natural[SPAN];
+        memcpy(natural, floats + span * SPAN, sizeof natural);
+        order_span(natural, floats + span * SPAN);
+    }
+    const __m256i order = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(codebook ? NATURAL_ORDER : LEVEL_ORDER));
+    for (int64_t block = 0; block < to.blocks.count; block++) {
+        const int64_t first = block * to.blocks.columns;
+        const int64_t last = first + to.blocks.columns < padded ? first + to.blocks.columns : padded;
         __m512 sums = _mm512_setzero_ps();
         for (int64_t k = first; k < last; k += 16) sums = _mm512_add_ps(sums, _mm512_loadu_ps(floats + k));
         const float sum = _mm512_reduce_add_ps(sums);
@@ -159,7 +165,7 @@ constexpr int rest_of(int planes) { return planes > 4 ? planes - 4 : 0; }
 
 struct ByteLevels {
     using Tables = BlockTables;
-    static constexpr int PLANES = BYTE_PLANES, COLUMNS = 4;
+    static constexpr int ROWS = 8, TILES = 2, PLANES = BYTE_PLANES, COLUMNS = 4;
 
     template <int P, int DTYPE>
     static void fill(const Header *h, int64_t tile, int64_t block, Tables *out) {
@@ -183,6 +189,23 @@ struct ByteLevels {
     }
 
     template <int P>
+    static void fill_centroids(const Header *h, int64_t n, int64_t count, Tables *out) {
+        alignas(64) uint8_t bytes[4][64] = {{0}};
+        alignas(64) float units[16] = {0};
+        for (int64_t r = 0; r < count; r++) {
+            const int16_t *centroids = centroids_at(h, P, n + r);
+            for (int group = 0; group < (P <= 2 ? 1 : 1 << (P - 2)); group++)
+                for (int entry = 0; entry < 4; entry++) {
+                    const int small = (centroids[code_of<P>(group, entry)] * Avx512Bytes::SHRINK + (1 << 14)) >> 15;
+                    bytes[group][4 * r + entry] = static_cast<uint8_t>(small + BYTE_BIAS);
+                }
+            units[r] = row_scales(h, P)[n + r] * Avx512Bytes::CENTROID;
+        }
+        for (int group = 0; group < 4; group++) out->levels[group] = _mm512_load_si512(bytes[group]);
+        out->unit = _mm512_load_ps(units), out->offset = _mm512_setzero_ps();
+    }
+
+    template <int P>
     static inline __attribute__((always_inline)) void store(const Tables &tables, const __m512i *words, int bit, uint8_t *out) {
         constexpr int REST = rest_of(P);
         __m512i v = find_levels<P - REST>(tables.levels, level_places<P - REST>(words, bit));
@@ -201,20 +224,20 @@ struct ByteLevels {
         for (int m = 0; m < M; m++) {
             const int row = c.order[from + m];
             x[m] = a.at(block, row);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
             for (int t = 0; t < T; t++) sums[m][t] = _mm512_set1_epi32(*a.bias(block, row));
         }
 #pragma GCC unroll 4
         for (int64_t i = 0; i < count; i++) {
             __m512i w[T];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
             for (int t = 0; t < T; t++) w[t] = _mm512_load_si512(levels + t * LEVEL_BLOCK<ByteLevels> + 64 * i);
 #pragma GCC unroll 8
             for (int m = 0; m < M; m++) {
                 int32_t four;
                 memcpy(&four, x[m] + 4 * i, 4);
                 const __m512i v = _mm512_set1_epi32(four);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
                 for (int t = 0; t < T; t++) sums[m][t] = _mm512_dpbusd_epi32(sums[m][t], w[t], v);
             }
         }
@@ -223,7 +246,7 @@ struct ByteLevels {
             const int row = c.order[from + m];
             const __m512 scale = _mm512_set1_ps(c.scales[row * c.scale_stride + block]);
             const __m512 sum = _mm512_set1_ps(c.sums[row * c.scale_stride + block]);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
             for (int t = 0; t < T; t++) {
                 float *at = y + (t * c.rows + from + m) * 16;
                 const __m512 before = _mm512_fmadd_ps(tables[t].offset, sum, _mm512_loadu_ps(at));
@@ -233,23 +256,30 @@ struct ByteLevels {
     }
 };
 
-constexpr int BYTE_LEVELS_ROWS[] = {0, 64, 32, 14, 12, 10, 8};
+// For levels_pay.
+constexpr int BYTE_LEVELS_ROWS[] = {0, 64, 32, 14, 12, 10, 8}, BYTE_CENTROIDS_ROWS[] = {0, 9, 9, 12, 16};
 
 struct Avx512Instance {
     using Exact = Instance<Avx512>;
     static Form form(const Call &c) {
-        const bool codebook = c.weight->shape.levels == AB_CODEBOOK && c.segments[0].precision <= BYTE_PLANES;
-        return c.eight_bits && (codebook || levels_pay(c, BYTE_LEVELS_ROWS, BYTE_PLANES)) ? BYTES : Exact::form(c);
+        const bool codebook = c.weight->shape.levels == AB_CODEBOOK;
+        if (!c.eight_bits) return EXACT;
+        if (codebook ? levels_pay(c, BYTE_CENTROIDS_ROWS, CENTROID_PLANES) : levels_pay(c, BYTE_LEVELS_ROWS, BYTE_PLANES)) return BYTE_LEVELS;
+        return codebook && c.segments[0].precision <= BYTE_PLANES ? BYTES : Exact::form(c);
     }
     static void activations(const Call &c, int row, float *floats) {
-        if (c.form != BYTES) return Exact::activations(c, row, floats);
-        if (c.weight->shape.levels == AB_CODEBOOK) return codebook_activations<Avx512Bytes>(c, row, floats);
-        byte_activations(c, row, floats);
+        switch (c.form) {
+            case BYTES: return codebook_activations<Avx512Bytes>(c, row, floats);
+            case BYTE_LEVELS: return byte_activations(c, row, floats);
+            default: Exact::activations(c, row, floats);
+        }
     }
     static void multiply(const Call &c, int64_t first, int64_t last, float *scratch) {
-        if (c.form != BYTES) return Exact::multiply(c, first, last, scratch);
-        if (c.weight->shape.levels == AB_CODEBOOK) return codebook_multiply<Avx512Bytes>(c, first, last, scratch);
-        level_multiply<ByteLevels>(c, first, last, scratch);
+        switch (c.form) {
+            case BYTES: return codebook_multiply<Avx512Bytes>(c, first, last, scratch);
+            case BYTE_LEVELS: return multiply_levels<ByteLevels>(c, first, last, scratch);
+            default: Exact::multiply(c, first, last, scratch);
+        }
     }
     static constexpr Kernels kernels = {Avx512::TILE, Avx512::ROW_WORDS, form, activations, multiply, dequantize_rows<Avx512>, nullptr};
 };

@@ -16,8 +16,9 @@ struct Group {
     int64_t tables, scales;  // where their activations begin, in bytes, and their scales, in floats
 };
 
-// What becomes of the activations: what the default needs, tables of sums in 8 bits, 8-bit numbers, 14-bit ones, or what they are.
-enum Form { EXACT, SHORT_TABLES, BYTES, WORD_LEVELS, BF16 };
+// What becomes of the activations: what the default needs, tables of sums in 8 bits, 8-bit numbers for a codebook's rows, or 8-bit,
+// 14-bit or bf16 ones for levels that are made first.
+enum Form { EXACT, SHORT_TABLES, BYTES, BYTE_LEVELS, WORD_LEVELS, BF16 };
 
 // Activations are kept by row of x, whatever precision the row runs at, so that the next layer that reads
 // the same x can use them again.
@@ -33,7 +34,7 @@ struct Call {
     void *y;
     bool eight_bits;  // will do for activations
     Form form;        // what Kernels::form makes of that
-    uint8_t *tables;  // affine: sums of 4 activations, looked up; codebook: the int16 activations; BYTES, BF16: those
+    uint8_t *tables;  // affine: sums of 4 activations, looked up; codebook: the int16 activations; BYTES and behind: those
     int64_t table_stride;
     float *scales;  // one per table block and row
     float *sums;    // affine: exact sum of a table block

@@ -1,16 +1,15 @@
-// Affine levels and many rows of x: a block of two tiles becomes an ordinary matrix in the first cache, once for all rows of
-// x, and is multiplied there. What bytes (avx512_bytes.h) and bf16 (avx512_bf16.h) have in common; a kind of levels L says
-//   PLANES: precisions that it serves; COLUMNS: columns that a 32-bit lane holds, [COLUMNS columns][16 rows][COLUMNS];
-//   Tables, fill<P, DTYPE>: what one block of one tile is made from; store<P>: the levels of four columns;
-//   products<M, T>: one block for M rows of x and T tiles.
+// Many rows of x: a block of a few tiles becomes an ordinary matrix in the first cache, once for all rows of x, and is
+// multiplied there. What bytes (avx512_bytes.h) and bf16 (avx512_bf16.h) have in common; a kind of levels L says
+//   ROWS, TILES: rows of x and tiles that go through a block together; PLANES: precisions that it serves; COLUMNS: columns that a 32-bit lane holds, [COLUMNS columns]
+//   [16 rows][COLUMNS]; Tables, fill<P, DTYPE>: what one block of one tile is made from; fill_centroids<P>: the same for all
+//   blocks of a codebook's tile; store<P>: the levels of four columns; products<M, T>: one block for M rows of x and T tiles.
 #pragma once
 
 #include "avx512.h"
 
 namespace {
 
-constexpr int LEVEL_ROWS = 8;               // rows of x that go through a block together
-constexpr int64_t LEVEL_BLOCKS_AT_ONCE = 8;  // blocks whose tables are made together: one after the other, each would wait for its division
+constexpr int64_t LEVEL_BLOCKS_AT_ONCE = 4;  // blocks whose tables are made together: one after the other, each would wait for its division
 
 // Bytes of one block of one tile.
 template <class L>
@@ -19,6 +18,9 @@ constexpr int64_t LEVEL_BLOCK = 16 * TABLE_COLUMNS * 4 / L::COLUMNS;
 // A step's columns in the order in which their levels come: bit i of each byte of a word, then bit i + 1.
 constexpr uint8_t LEVEL_ORDER[32] = {0, 8,  16, 24, 1, 9,  17, 25, 2, 10, 18, 26, 3, 11, 19, 27,
                                      4, 12, 20, 28, 5, 13, 21, 29, 6, 14, 22, 30, 7, 15, 23, 31};
+
+constexpr uint8_t NATURAL_ORDER[32] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
+                                       16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
 
 // Moves bit `from` of each byte to bit `to`, and clears the others.
 inline __m512i move_bit(__m512i v, int from, int to) {
@@ -55,10 +57,18 @@ inline __m512i find_levels(const __m512i *levels, const LevelPlaces &at) {
     }
 }
 
+// The four columns of each of 32 bits of the planes' words.
+template <class L, int P>
+inline uint8_t *expand_step(const typename L::Tables &tables, const __m512i *words, uint8_t *out) {
+#pragma GCC unroll 8
+    for (int bit = 0; bit < 8; bit++, out += 256 / L::COLUMNS) L::template store<P>(tables, words, bit, out);
+    return out;
+}
+
 // Columns of a block at precision P.
 template <class L, int P>
 void expand_levels(const Header *h, int64_t tile, int64_t block, const typename L::Tables &from, uint8_t *out) {
-    const int64_t block_steps = h->block_columns / STEP, first = block * block_steps, ahead = 2 * h->tile_bytes;
+    const int64_t block_steps = h->block_columns / STEP, first = block * block_steps, ahead = L::TILES * h->tile_bytes;
     const int64_t steps = h->steps - first < block_steps ? h->steps - first : block_steps;
     const typename L::Tables tables = from;  // in registers, whatever is stored
     const uint8_t *plane = plane_at(h, 0, tile) + first * 64;
@@ -68,36 +78,36 @@ void expand_levels(const Header *h, int64_t tile, int64_t block, const typename 
             fetch_ahead(plane + b * h->plane_stride + ahead);
             words[b] = _mm512_loadu_si512(plane + b * h->plane_stride);
         }
-#pragma GCC unroll 8
-        for (int bit = 0; bit < 8; bit++, out += 256 / L::COLUMNS) L::template store<P>(tables, words, bit, out);
+        out = expand_step<L, P>(tables, words, out);
     }
 }
 
 // `count`: lanes of columns in the block.
+// Rows of x from M on down: the templates stop at what L takes together.
+template <class L, int M, int T>
+inline void level_products(const Call &c, int taken, int64_t block, int from, int64_t count, const uint8_t *levels,
+                           const typename L::Tables *tables, float *y) {
+    if (taken == M) return L::template products<M, T>(c, block, from, count, levels, tables, y);
+    if constexpr (M > 1) level_products<L, M - 1, T>(c, taken, block, from, count, levels, tables, y);
+}
+
 template <class L, int T>
-void level_rows(const Call &c, const Segment &s, int64_t block, int64_t count, const uint8_t *levels,
+void level_rows(const Call &c, const Segment &s, int tiles, int64_t block, int64_t count, const uint8_t *levels,
                 const typename L::Tables *tables, float *y) {
+    if constexpr (T > 1)
+        if (tiles < T) return level_rows<L, T - 1>(c, s, tiles, block, count, levels, tables, y);
     for (int done = 0, taken; done < s.count; done += taken) {
-        const int left = s.count - done, from = s.first + done;
-        taken = left < LEVEL_ROWS ? left : LEVEL_ROWS;
-        switch (taken) {
-            case 8: L::template products<8, T>(c, block, from, count, levels, tables, y); break;
-            case 7: L::template products<7, T>(c, block, from, count, levels, tables, y); break;
-            case 6: L::template products<6, T>(c, block, from, count, levels, tables, y); break;
-            case 5: L::template products<5, T>(c, block, from, count, levels, tables, y); break;
-            case 4: L::template products<4, T>(c, block, from, count, levels, tables, y); break;
-            case 3: L::template products<3, T>(c, block, from, count, levels, tables, y); break;
-            case 2: L::template products<2, T>(c, block, from, count, levels, tables, y); break;
-            default: L::template products<1, T>(c, block, from, count, levels, tables, y);
-        }
+        const int left = s.count - done, turns = (left + L::ROWS - 1) / L::ROWS;
+        taken = (left + turns - 1) / turns;
+        level_products<L, L::ROWS, T>(c, taken, block, s.first + done, count, levels, tables, y);
     }
 }
 
 template <class L, int P, int DTYPE>
 void level_segment(const Call &c, const Segment &s, int64_t tile, int tiles, int64_t first, int64_t last, float *y) {
     const Header *h = c.weight;
-    typename L::Tables tables[LEVEL_BLOCKS_AT_ONCE][2];
-    alignas(64) uint8_t levels[2 * LEVEL_BLOCK<L>];
+    typename L::Tables tables[LEVEL_BLOCKS_AT_ONCE][L::TILES];
+    alignas(64) uint8_t levels[L::TILES * LEVEL_BLOCK<L>];
     for (int64_t block = first; block < last; block++)
         for (int t = 0; t < tiles; t++) L::template fill<P, DTYPE>(h, tile + t, block, &tables[block - first][t]);
     for (int64_t block = first; block < last; block++) {
@@ -105,10 +115,7 @@ void level_segment(const Call &c, const Segment &s, int64_t tile, int tiles, int
         const int64_t count = (left < h->block_columns ? left : h->block_columns) / L::COLUMNS;
         const typename L::Tables *here = tables[block - first];
         for (int t = 0; t < tiles; t++) expand_levels<L, P>(h, tile + t, block, here[t], levels + t * LEVEL_BLOCK<L>);
-        if (tiles == 2)
-            level_rows<L, 2>(c, s, block, count, levels, here, y);
-        else
-            level_rows<L, 1>(c, s, block, count, levels, here, y);
+        level_rows<L, L::TILES>(c, s, tiles, block, count, levels, here, y);
     }
 }
 
@@ -119,8 +126,8 @@ void level_multiply_as(const Call &c, int64_t first, int64_t last, float *scratc
     if constexpr (L::PLANES > 4) segment[5] = level_segment<L, 5, DTYPE>, segment[6] = level_segment<L, 6, DTYPE>;
     static_assert(L::PLANES == 4 || L::PLANES == 6, "a precision is missing above");
     const int64_t blocks = c.weight->blocks;
-    for (int64_t tile = first; tile < last; tile += 2) {
-        const int tiles = last - tile < 2 ? 1 : 2;
+    for (int64_t tile = first; tile < last; tile += L::TILES) {
+        const int tiles = last - tile < L::TILES ? static_cast<int>(last - tile) : L::TILES;
         memset(scratch, 0, static_cast<size_t>(tiles * c.rows * 16) * sizeof(float));
         for (int64_t block = 0; block < blocks; block += LEVEL_BLOCKS_AT_ONCE) {
             const int64_t end = block + LEVEL_BLOCKS_AT_ONCE < blocks ? block + LEVEL_BLOCKS_AT_ONCE : blocks;
@@ -141,11 +148,126 @@ void level_multiply(const Call &c, int64_t first, int64_t last, float *scratch) 
     }
 }
 
-// Whether making levels costs less than tables of sums. `rows`: from how many rows of x on, by the highest precision; levels are
-// made for each precision.
+// ---- codebooks: a span's words, turned to lie as those of affine levels do, and one table for each tile
+
+constexpr int CENTROID_PLANES = 4;
+constexpr int64_t CENTROID_BLOCK = TABLE_COLUMNS;
+
+// Columns of a span in the order in which their levels come: word after word, bit i of its bytes, then bit i + 1.
+template <class T>
+inline void order_span(const T *x, T *out) {
+    for (int word = 0; word < 16; word++)
+        for (int bit = 0; bit < 8; bit++) memcpy(out + 32 * word + 4 * bit, x + 64 * bit + 4 * word, 4 * sizeof(T));
+}
+
+// Sixteen vectors of sixteen words: rows become columns.
+inline void transpose(__m512i *v) {
+    __m512i w[16];
+    for (int i = 0; i < 16; i += 2) w[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]), w[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            v[i + 2 * j] = _mm512_unpacklo_epi64(w[i + j], w[i + 2 + j]);
+            v[i + 2 * j + 1] = _mm512_unpackhi_epi64(w[i + j], w[i + 2 + j]);
+        }
+    for (int half = 0; half < 16; half += 8)
+        for (int j = 0; j < 4; j++) {  // word j of each quarter, of eight rows
+            w[half + j] = _mm512_shuffle_i32x4(v[half + j], v[half + 4 + j], 0x88);
+            w[half + 4 + j] = _mm512_shuffle_i32x4(v[half + j], v[half + 4 + j], 0xDD);
+        }
+    for (int j = 0; j < 4; j++) {
+        v[j] = _mm512_shuffle_i32x4(w[j], w[8 + j], 0x88);
+        v[8 + j] = _mm512_shuffle_i32x4(w[j], w[8 + j], 0xDD);
+        v[4 + j] = _mm512_shuffle_i32x4(w[4 + j], w[12 + j], 0x88);
+        v[12 + j] = _mm512_shuffle_i32x4(w[4 + j], w[12 + j], 0xDD);
+    }
+}
+
+// words[b][i]: word i of a span of `count` output rows from n on, in plane b. `ahead`: bytes to the rows that come next.
+template <int P>
+inline void span_words(const Header *h, int64_t n, int64_t count, int64_t span, int64_t ahead, __m512i (*words)[16]) {
+    for (int b = 0; b < P; b++) {
+        const uint8_t *plane = plane_at(h, b, n) + span * 64;
+        for (int64_t r = 0; r < 16; r++) {
+            const bool some = r < count;
+            if (some) fetch_ahead(plane + r * h->tile_bytes + ahead);
+            words[b][r] = some ? _mm512_loadu_si512(plane + r * h->tile_bytes) : _mm512_setzero_si512();
+        }
+        transpose(words[b]);
+    }
+}
+
+// Which centroid entry `entry` of table `group` is (see level_places): a code has plane 0's bit first.
+template <int P>
+constexpr int code_of(int group, int entry) {
+    int code = 0;
+    for (int b = 0; b < P; b++) code = code << 1 | (b < 2 ? entry >> b & 1 : group >> (b - 2) & 1);
+    return code;
+}
+
+template <class L, int P>
+void centroid_segment(const Call &c, const Segment &s, int64_t tile, int tiles, float *y) {
+    const Header *h = c.weight;
+    constexpr int64_t COUNT = CENTROID_BLOCK / L::COLUMNS;
+    typename L::Tables tables[L::TILES];
+    __m512i words[L::TILES][P][16];
+    alignas(64) uint8_t levels[L::TILES * LEVEL_BLOCK<L>];
+    int64_t rows[L::TILES];
+    for (int t = 0; t < tiles; t++) {
+        const int64_t left = h->shape.out_features - (tile + t) * 16;
+        rows[t] = left < 16 ? left : 16;
+        L::template fill_centroids<P>(h, (tile + t) * 16, rows[t], &tables[t]);
+    }
+    for (int64_t span = 0; span < h->spans; span++) {
+        for (int t = 0; t < tiles; t++) span_words<P>(h, (tile + t) * 16, rows[t], span, 16 * L::TILES * h->tile_bytes, words[t]);
+        for (int part = 0; part < SPAN / CENTROID_BLOCK; part++) {
+            for (int t = 0; t < tiles; t++) {
+                const typename L::Tables here = tables[t];  // in registers, whatever is stored
+                uint8_t *out = levels + t * LEVEL_BLOCK<L>;
+                for (int word = 4 * part; word < 4 * part + 4; word++) {
+                    __m512i planes[P];
+                    for (int b = 0; b < P; b++) planes[b] = words[t][b][word];
+                    out = expand_step<L, P>(here, planes, out);
+                }
+            }
+            const int64_t block = span * (SPAN / CENTROID_BLOCK) + part;
+            level_rows<L, L::TILES>(c, s, tiles, block, COUNT, levels, tables, y);
+        }
+    }
+}
+
+template <class L>
+void centroid_multiply(const Call &c, int64_t first, int64_t last, float *scratch) {
+    void (*const segment[CENTROID_PLANES + 1])(const Call &, const Segment &, int64_t, int, float *) = {
+        nullptr, centroid_segment<L, 1>, centroid_segment<L, 2>, centroid_segment<L, 3>, centroid_segment<L, 4>};
+    for (int64_t tile = first; tile < last; tile += L::TILES) {
+        const int tiles = last - tile < L::TILES ? static_cast<int>(last - tile) : L::TILES;
+        memset(scratch, 0, static_cast<size_t>(tiles * c.rows * 16) * sizeof(float));
+        for (int i = 0; i < c.segment_count; i++) segment[c.segments[i].precision](c, c.segments[i], tile, tiles, scratch);
+        store_tiles<Avx512>(c, tile, tiles, scratch);
+    }
+}
+
+// ---- both
+
+// How the activations of a row lie, [block][row of x][column].
+struct LevelBlocks {
+    int64_t columns, count;
+    explicit LevelBlocks(const Header *h) : columns(h->block_columns), count(h->blocks) {
+        if (h->shape.levels == AB_CODEBOOK) columns = CENTROID_BLOCK, count = h->spans * (SPAN / CENTROID_BLOCK);
+    }
+};
+
+template <class L>
+void multiply_levels(const Call &c, int64_t first, int64_t last, float *scratch) {
+    if (c.weight->shape.levels == AB_CODEBOOK) return centroid_multiply<L>(c, first, last, scratch);
+    level_multiply<L>(c, first, last, scratch);
+}
+
+// Whether making levels costs less than what few rows do. `rows`: from how many rows of x on, by the highest precision; levels
+// are made for each precision.
 inline bool levels_pay(const Call &c, const int *rows, int planes) {
     const int highest = c.segments[0].precision;
-    return c.weight->shape.levels == AB_AFFINE && highest <= planes && c.rows >= rows[highest] * c.segment_count;
+    return highest <= planes && c.rows >= rows[highest] * c.segment_count;
 }
 
 }  // namespace

@@ -78,8 +78,11 @@ BYTE_PLANES = 6
 of rows, on avx512 and amx (csrc/avx512_bytes.h)."""
 
 BF16_PLANES = 4
-"""Precisions of affine levels up to this one have products of bf16 levels that are never written, where the machine has
-AVX512_BF16 (csrc/avx512_bf16.h), for any number of rows."""
+"""Precisions up to this one have products of bf16 levels that are never written, where the machine has AVX512_BF16
+(csrc/avx512_bf16.h), for any number of rows."""
+
+CENTROID_PLANES = 4
+"""Precisions up to this one make a codebook's centroids once for many rows (csrc/levels.h)."""
 
 SLAB_BYTES = 2 << 20
 """Bytes of one dequantized slab: slabs of 8 MiB took two to four times as long to fill as those of 2 MiB."""
@@ -316,7 +319,7 @@ def _by_words(header: _Header) -> bool:
 
 def _by_bf16(x: torch.Tensor, header: _Header, highest: int) -> bool:
     """Return whether many rows multiply bf16 levels that are never written."""
-    fused = header.affine and highest <= BF16_PLANES and x.dtype == torch.bfloat16
+    fused = highest <= BF16_PLANES and x.dtype == torch.bfloat16
     return fused and bool(loaded().fuses_bf16(header.isa))
 
 
@@ -324,8 +327,9 @@ def _rows_of_a_pass(
     x: torch.Tensor, blob: torch.Tensor, precision: int, rows: torch.Tensor | None, activation_bits: int
 ) -> int:
     header, highest = _header(blob), precision if rows is None else int(rows.max())
-    levels = header.affine and (_by_bytes(header, highest, activation_bits) or _by_bf16(x, header, highest))
-    return LEVEL_PASS_ROWS if levels or _by_words(header) else PASS_ROWS
+    fused = _by_bytes(header, highest, activation_bits) or _by_bf16(x, header, highest)
+    levels = (fused and (header.affine or highest <= CENTROID_PLANES)) or _by_words(header)
+    return LEVEL_PASS_ROWS if levels else PASS_ROWS
 
 
 def _checked_rows(rows: torch.Tensor, count: int) -> torch.Tensor:
