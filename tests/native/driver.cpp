@@ -10,7 +10,8 @@
 
 #include "anybits.h"
 
-int step_failures(int isa);  // step.cpp
+int step_failures(int isa);   // step.cpp
+int layer_failures(int isa);  // layer.cpp
 
 namespace {
 
@@ -213,7 +214,7 @@ int main() {
     for (int isa = 0; isa < AB_ISA_COUNT; isa++) {
         if (!ab_isa_usable(isa)) continue;
         ran++;
-        failures += step_failures(isa);
+        failures += step_failures(isa) + layer_failures(isa);
         for (const auto &s : shapes) {
             for (int offsets = 0; offsets < 2; offsets++)
                 for (int dtype : {AB_F32, AB_I8}) check_shape({isa, AB_AFFINE, dtype, offsets, s[0], s[1], s[2], 8, 0x1fe});

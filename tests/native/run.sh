@@ -24,12 +24,13 @@ if [ "$mode" != arm ] && [ "$(uname -m)" = x86_64 ]; then
     flags[isa_avx512_bf16]=${flags[step_avx512_bf16]}
     flags[isa_amx]="${flags[isa_avx512]} -mamx-tile -mamx-int8"
 fi
-for source in blob dispatch threads isa_portable isa_avx2 isa_avx512 isa_avx512_bf16 isa_amx isa_neon isa_neon_dot step step_portable step_avx2 step_avx512 step_avx512_bf16; do
+for source in blob dispatch product layer threads isa_portable isa_avx2 isa_avx512 isa_avx512_bf16 isa_amx isa_neon isa_neon_dot step step_portable step_avx2 step_avx512 step_avx512_bf16; do
     # shellcheck disable=SC2086
     "${cxx[@]}" ${flags[$source]:-} -c "src/anybits/csrc/$source.cpp" -o "$out/$source.o" &
 done
 "${cxx[@]}" -c tests/native/driver.cpp -o "$out/driver.o"
 "${cxx[@]}" -c tests/native/step.cpp -o "$out/step_driver.o"
+"${cxx[@]}" -c tests/native/layer.cpp -o "$out/layer_driver.o"
 wait
 "${cxx[@]}" "$out"/*.o -o "$out/driver" -ldl
 if [ "$mode" = arm ]; then

@@ -351,12 +351,10 @@ void affine_mixed_chunk(const Call &c, const int *precisions, int position, cons
     }
 }
 
+// `precisions`: of all rows, then 0.
 template <class I, Entries E, int DTYPE>
-void affine_piece(const Call &c, Piece piece, float *scratch) {
+void affine_piece(const Call &c, const int *precisions, Piece piece, float *scratch) {
     constexpr int MOST = E == TWO_BYTES && I::WORD_ENTRIES ? 1 : I::LOOKUP_ROWS;
-    int precisions[AB_MAX_ROWS + MOST] = {0};
-    for (int i = 0; i < c.segment_count; i++)
-        for (int m = 0; m < c.segments[i].count; m++) precisions[c.segments[i].first + m] = c.segments[i].precision;
     for (int position = 0; position < c.rows; position += MOST) {
         const int taken = c.rows - position < MOST ? c.rows - position : MOST, p = precisions[position];
         if (MOST > 1 && precisions[position + taken - 1] != p)
@@ -381,12 +379,15 @@ void affine_multiply(const Call &c, int64_t first, int64_t last, float *scratch)
     const bool streaming = c.rows <= I::LOOKUP_ROWS;
     const int64_t group = streaming ? 1 : TILE_GROUP;
     const int64_t at_once = streaming ? h->blocks : PIECE_COLUMNS / h->block_columns;
+    int precisions[AB_MAX_ROWS + I::LOOKUP_ROWS] = {0};
+    for (int i = 0; i < c.segment_count; i++)
+        for (int m = 0; m < c.segments[i].count; m++) precisions[c.segments[i].first + m] = c.segments[i].precision;
     for (int64_t tile = first; tile < last; tile += group) {
         const int64_t tiles = last - tile < group ? last - tile : group;
         memset(scratch, 0, static_cast<size_t>(tiles * c.rows * I::TILE) * sizeof(float));
         for (int64_t block = 0; block < h->blocks; block += at_once) {
             const int64_t end = block + at_once < h->blocks ? block + at_once : h->blocks;
-            affine_piece<I, E, DTYPE>(c, {tile, tiles, block, end, streaming ? STREAM_AHEAD : h->tile_bytes}, scratch);
+            affine_piece<I, E, DTYPE>(c, precisions, {tile, tiles, block, end, streaming ? STREAM_AHEAD : h->tile_bytes}, scratch);
         }
         store_tiles<I>(c, tile, tiles, scratch);
     }

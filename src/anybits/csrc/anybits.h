@@ -112,6 +112,37 @@ typedef struct {
 
 int ab_attend(int isa, const ab_attention *attention, float scaling, int threads);
 
+// One matrix of a layer at one precision; bias: NULL or bfloat16 [out_features].
+typedef struct {
+    const void *blob;
+    int64_t blob_bytes;
+    int64_t precision;
+    const void *bias;
+} ab_matrix;
+
+// A decoder layer: h = x + output(attention(first_norm(x))), y = h + down(silu(gate(n)) * up(n)) with n = second_norm(h).
+// query_norm and key_norm: NULL, or [dim], over each head. All numbers are 8 bytes wide: it is packed in Python.
+typedef struct {
+    ab_matrix query, key, value, output, gate, up, down;
+    const void *first_norm, *second_norm, *query_norm, *key_norm;
+    double first_eps, second_eps, query_eps, key_eps, scaling;
+    int64_t hidden, middle, heads, kv_heads, dim, activation_bits;  // dim is a multiple of 32
+} ab_layer;
+
+// Where the new position of each sequence goes, and what it sees: as in ab_attention, with value_dim = dim.
+typedef struct {
+    void *key, *value;  // [batch, kv_heads, length, dim]; the last place is the new one's
+    int64_t key_batch, key_head, key_stride, value_batch, value_head, value_stride;
+    const void *cos, *sin;
+    int64_t angle_batch;
+    int64_t batch, length;
+} ab_place;
+
+enum { AB_MAX_LAYER_ROWS = 16 };
+
+// y [batch, hidden] of x [batch, hidden], both dense, rounded to bfloat16 wherever the parts above round.
+int ab_layer_step(int isa, const ab_layer *layer, const ab_place *place, const void *x, void *y, int threads);
+
 // Use the OpenMP runtime that is already loaded in this process; without one the kernels run on one thread.
 // Returns whether one was found.
 int ab_use_openmp(const char *library);

@@ -13,6 +13,7 @@
 #include <sys/sysctl.h>
 #endif
 
+#include "product.h"
 #include "threads.h"
 
 namespace {
@@ -114,12 +115,6 @@ thread_local Workspace workspace;
 
 constexpr int64_t KEEP_X_BYTES = 256 << 10;  // activations up to this size are compared instead of tabulated again
 
-size_t lines(int64_t bytes) { return static_cast<size_t>(ceil_div(bytes, 64) * 64); }
-
-int64_t scratch_floats(const Call &c, const Kernels &k) {
-    return c.weight->shape.levels == AB_AFFINE ? int64_t{TILE_GROUP} * c.rows * k.tile_rows : c.rows * CODEBOOK_TILE * 16;
-}
-
 // Highest precision first; rows of equal precision keep their order.
 int sort_rows(const int32_t *precisions, int precision, int rows, int *order, Segment *segments) {
     int count = 0, placed = 0;
@@ -130,67 +125,6 @@ int sort_rows(const int32_t *precisions, int precision, int rows, int *order, Se
         if (placed > first) segments[count++] = {p, first, placed - first};
     }
     return count;
-}
-
-struct Divided {
-    Call call;
-    const Kernels *kernels;
-    char *scratch;      // per thread: scratch of `multiply`, or the floats of `activations`
-    size_t per_thread;
-};
-
-void fill_tables(const Divided &d, int threads) {
-    const int rows = d.call.rows;
-    const bool worth = static_cast<int64_t>(rows) * d.call.weight->shape.in_features >= 16384;
-    parallel(worth ? (threads < rows ? threads : rows) : 1, [&](int part, int parts) {
-        float *floats = reinterpret_cast<float *>(d.scratch + part * d.per_thread);
-        for (int r = rows * part / parts; r < rows * (part + 1) / parts; r++) d.kernels->activations(d.call, r, floats);
-    });
-}
-
-void multiply(const Divided &d, int threads) {
-    const Header *h = d.call.weight;
-    const int64_t tiles = h->shape.levels == AB_AFFINE ? h->tiles : ceil_div(h->tiles, CODEBOOK_TILE);
-    const int useful = static_cast<int>(tiles < threads ? tiles : threads);
-    parallel(useful, [&](int part, int parts) {
-        float *scratch = reinterpret_cast<float *>(d.scratch + part * d.per_thread);
-        auto *const run = d.call.group_count ? d.kernels->batch->multiply : d.kernels->multiply;
-        run(d.call, tiles * part / parts, tiles * (part + 1) / parts, scratch);
-    });
-}
-
-// Groups of rows for Batch. Codebooks are looked up once for each precision, so none of their groups mixes two.
-int cut_groups(const Call &c, const Batch *batch, Group *groups, int64_t *tables, int64_t *scales) {
-    const bool mix = c.weight->shape.levels == AB_AFFINE;
-    int count = 0;
-    *tables = *scales = 0;
-    for (int i = 0; i < (mix ? 1 : c.segment_count); i++) {
-        const int first = c.segments[i].first, end = mix ? c.rows : first + c.segments[i].count;
-        for (int at = first; at < end; at += GROUP_ROWS, count++) {
-            int precision = 0;
-            for (int s = c.segment_count - 1; s >= 0; s--)
-                if (c.segments[s].first <= at) {
-                    precision = c.segments[s].precision;
-                    break;
-                }
-            groups[count] = {precision, at, end - at < GROUP_ROWS ? end - at : GROUP_ROWS, *tables, *scales};
-            *tables += batch->table_bytes(c.weight, groups[count].count);
-            *scales += batch->scale_floats(c.weight, groups[count].count);
-        }
-    }
-    return count;
-}
-
-void fill_groups(const Divided &d, int threads) {
-    const Call &c = d.call;
-    const bool worth = static_cast<int64_t>(c.rows) * c.weight->shape.in_features >= 16384;
-    parallel(worth ? threads : 1, [&](int part, int parts) {
-        float *floats = reinterpret_cast<float *>(d.scratch + part * d.per_thread);
-        int turn = 0;
-        for (int i = 0; i < c.group_count; i++)
-            for (int lane = 0; lane < c.groups[i].count; lane++)
-                if (turn++ % parts == part) d.kernels->batch->activations(c, c.groups[i], lane, floats);
-    });
 }
 
 // The layers that read one input (query, key and value; gate and up) follow one another: when x holds the same
@@ -222,43 +156,29 @@ Workspace::Key key_of(const Call &c, int64_t x_bytes) {
     return key;
 }
 
-int run(Call &c, const Kernels *kernels, int threads) {
-    const Header *h = c.weight;
-    const bool affine = h->shape.levels == AB_AFFINE;
-    c.form = kernels->form(c);
-    // Rows whose tables are read in turn lie a quarter of 4 KiB apart: nearer to a multiple of it, loads wait for each other.
-    c.table_stride = ceil_div(affine ? h->steps * (c.form == EXACT ? 256 : 128) : h->spans * SPAN * 2, 4096) * 4096 + 1024;
-    c.scale_stride = affine ? h->blocks : h->spans * 4;
-    int64_t table_bytes = c.rows * c.table_stride, scale_floats = c.rows * c.scale_stride;
-    Group groups[AB_MAX_ROWS];
-    const Batch *batch = c.dtype == AB_BF16 && c.form == EXACT ? kernels->batch : nullptr;
-    if (batch && c.rows >= batch->least_rows[h->shape.levels])
-        c.group_count = cut_groups(c, batch, groups, &table_bytes, &scale_floats), c.groups = groups;
-    const int64_t row_bytes = h->shape.in_features * (c.dtype == AB_F32 ? 4 : 2);
+int run(Product &p, int threads) {
+    Call &c = p.call;
+    const int64_t row_bytes = c.weight->shape.in_features * (c.dtype == AB_F32 ? 4 : 2);
     const int64_t x_bytes = row_bytes * c.rows, kept_bytes = x_bytes <= KEEP_X_BYTES ? x_bytes : 0;
-    const int64_t floats = h->spans * SPAN + STEP, scratch = scratch_floats(c, *kernels);
-    const size_t tables = lines(table_bytes), scales = lines(scale_floats * 4);
-    const size_t per_thread = lines(4 * (scratch > floats ? scratch : floats)) + 64, kept = lines(kept_bytes);
-    if (!workspace.reserve(kept + tables + 2 * scales + per_thread * static_cast<size_t>(threads))) return AB_NO_MEMORY;
-    char *at = workspace.memory + kept;
-    c.tables = reinterpret_cast<uint8_t *>(at);
-    c.scales = reinterpret_cast<float *>(at + tables);
-    c.sums = reinterpret_cast<float *>(at + tables + scales);
-    const Divided d{c, kernels, at + tables + 2 * scales, per_thread};
+    const size_t kept = lines(kept_bytes);
+    if (!workspace.reserve(kept + p.activation_bytes() + p.scratch * static_cast<size_t>(threads))) return AB_NO_MEMORY;
+    p.place(workspace.memory + kept);
+    char *const scratch = workspace.memory + kept + p.activation_bytes();
     const Workspace::Key key = key_of(c, x_bytes);
     const bool known = kept_bytes && !memcmp(&key, &workspace.key, sizeof key) && same_x(c, row_bytes, workspace.memory);
     if (!known) {
         workspace.key = {};
-        if (c.group_count)
-            fill_groups(d, threads);
-        else
-            fill_tables(d, threads);
+        const bool worth = static_cast<int64_t>(c.rows) * c.weight->shape.in_features >= 16384;
+        parallel(worth ? p.fillers(threads) : 1, [&](int part, int parts) { p.fill(part, parts, scratch + part * p.scratch); });
         if (kept_bytes) {
             keep_x(c, row_bytes, workspace.memory);
             workspace.key = key;
         }
     }
-    multiply(d, threads);
+    const int64_t tiles = p.tiles();
+    parallel(static_cast<int>(tiles < threads ? tiles : threads), [&](int part, int parts) {
+        p.multiply(tiles * part / parts, tiles * (part + 1) / parts, scratch + part * p.scratch);
+    });
     return AB_OK;
 }
 
@@ -313,12 +233,15 @@ extern "C" int ab_matmul(const void *blob, int64_t blob_bytes, const void *x, in
     if (status != AB_OK) return status;
     int order[AB_MAX_ROWS];
     Segment segments[AB_MAX_PLANES];
-    Call c = {};
+    Group groups[AB_MAX_ROWS];
+    Product product;
+    Call &c = product.call;
     c.weight = h, c.x = x, c.dtype = dtype, c.x_stride = x_stride, c.rows = static_cast<int>(rows), c.y = y;
     c.eight_bits = activation_bits <= 8;
     c.segment_count = sort_rows(row_precisions, precision, c.rows, order, segments);
     c.order = order, c.segments = segments;
-    return run(c, kernels, threads < 1 ? 1 : threads);
+    product.plan(kernels, groups);
+    return run(product, threads < 1 ? 1 : threads);
 }
 
 extern "C" int ab_dequantize(const void *blob, int64_t blob_bytes, int precision, int64_t first, int64_t count, int dtype,

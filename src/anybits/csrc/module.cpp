@@ -176,6 +176,32 @@ PyObject *attend(PyObject *, PyObject *const *args, Py_ssize_t given) {
     return PyLong_FromLong(status);
 }
 
+// A layer as bytes (ab_layer), then what integers() takes: isa, threads, x, y, batch, length, cos, sin, angle_batch, and of
+// the cache key, value and their strides.
+PyObject *layer_step(PyObject *, PyObject *const *args, Py_ssize_t given) {
+    constexpr Py_ssize_t NUMBERS = 17;
+    char *bytes;
+    Py_ssize_t size;
+    long long v[NUMBERS];
+    if (given < 1 || PyBytes_AsStringAndSize(args[0], &bytes, &size) || !integers(args + 1, given - 1, NUMBERS, v)) {
+        if (!PyErr_Occurred()) PyErr_SetString(PyExc_TypeError, "expected a layer and 17 integers");
+        return nullptr;
+    }
+    ab_layer layer;
+    if (size != static_cast<Py_ssize_t>(sizeof layer)) {
+        PyErr_Format(PyExc_ValueError, "a layer has %zd bytes, got %zd", static_cast<Py_ssize_t>(sizeof layer), size);
+        return nullptr;
+    }
+    memcpy(&layer, bytes, sizeof layer);
+    const ab_place place = {pointer<void>(v[9]), pointer<void>(v[10]), v[11], v[12], v[13], v[14], v[15], v[16],
+                            pointer<void>(v[6]), pointer<void>(v[7]), v[8], v[4], v[5]};
+    int status;
+    Py_BEGIN_ALLOW_THREADS;
+    status = ab_layer_step(static_cast<int>(v[0]), &layer, &place, pointer<void>(v[2]), pointer<void>(v[3]), static_cast<int>(v[1]));
+    Py_END_ALLOW_THREADS;
+    return PyLong_FromLong(status);
+}
+
 PyObject *read_seconds(PyObject *, PyObject *const *args, Py_ssize_t given) {
     long long v[3];
     if (!integers(args, given, 3, v)) return nullptr;
@@ -230,6 +256,7 @@ PyMethodDef methods[] = {
     FAST(rms_norm, "y = weight * x / rms(x) in bfloat16; returns a status."),
     FAST(silu_mul, "y = silu(gate) * up in bfloat16; returns a status."),
     FAST(attend, "Attention of one position of each sequence in bfloat16; returns a status."),
+    FAST(layer_step, "One position of each sequence through a decoder layer in bfloat16; returns a status."),
     FAST(read_seconds, "Seconds of one reading pass over memory."),
     FAST(tile_rows, "Rows interleaved in a blob of an instruction set."),
     FAST(isa_usable, "Whether this machine runs an instruction set."),

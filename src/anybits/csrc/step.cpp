@@ -16,16 +16,6 @@ bool has_bf16() {
 #endif
 }
 
-const StepKernels *step_of(int isa) {
-    if (!ab_isa_usable(isa)) return nullptr;
-    switch (isa) {
-        case AB_AMX:
-        case AB_AVX512: return has_bf16() && step_avx512_bf16() ? step_avx512_bf16() : step_avx512();
-        case AB_AVX2: return step_avx2();
-        default: return step_portable();
-    }
-}
-
 template <class T>
 struct Zeros {
     T *at;
@@ -40,9 +30,19 @@ int useful(int threads, int64_t numbers) { return numbers < 65536 ? 1 : threads;
 
 }  // namespace
 
+const StepKernels *step_kernels_of(int isa) {
+    if (!ab_isa_usable(isa)) return nullptr;
+    switch (isa) {
+        case AB_AMX:
+        case AB_AVX512: return has_bf16() && step_avx512_bf16() ? step_avx512_bf16() : step_avx512();
+        case AB_AVX2: return step_avx2();
+        default: return step_portable();
+    }
+}
+
 extern "C" int ab_dense(int isa, const void *weight, const void *bias, int64_t n, int64_t k, const void *x, int64_t rows,
                         int64_t x_stride, void *y, int threads) {
-    const StepKernels *kernels = step_of(isa);
+    const StepKernels *kernels = step_kernels_of(isa);
     if (!kernels) return AB_BAD_ISA;
     if (!weight || !x || !y || n < 1 || k < 1 || rows < 1 || rows > AB_MAX_DENSE_ROWS) return AB_BAD_SHAPE;
     const int64_t stride = (k + 31) / 32 * 32 + 32;  // an odd number of lines: rows must not share cache sets
@@ -60,7 +60,7 @@ extern "C" int ab_dense(int isa, const void *weight, const void *bias, int64_t n
 
 extern "C" int ab_rms_norm(int isa, const void *x, const void *weight, int64_t rows, int64_t k, float eps, void *y,
                            int threads) {
-    const StepKernels *kernels = step_of(isa);
+    const StepKernels *kernels = step_kernels_of(isa);
     if (!kernels) return AB_BAD_ISA;
     if (!x || !weight || !y || rows < 0 || k < 1) return AB_BAD_SHAPE;
     parallel(useful(threads, rows * k), [&](int part, int parts) {
@@ -72,7 +72,7 @@ extern "C" int ab_rms_norm(int isa, const void *x, const void *weight, int64_t r
 }
 
 extern "C" int ab_silu_mul(int isa, const void *gate, const void *up, int64_t count, void *y, int threads) {
-    const StepKernels *kernels = step_of(isa);
+    const StepKernels *kernels = step_kernels_of(isa);
     if (!kernels) return AB_BAD_ISA;
     if (!gate || !up || !y || count < 0) return AB_BAD_SHAPE;
     parallel(useful(threads, count), [&](int part, int parts) {
@@ -84,7 +84,7 @@ extern "C" int ab_silu_mul(int isa, const void *gate, const void *up, int64_t co
 }
 
 extern "C" int ab_attend(int isa, const ab_attention *a, float scaling, int threads) {
-    const StepKernels *kernels = step_of(isa);
+    const StepKernels *kernels = step_kernels_of(isa);
     if (!kernels) return AB_BAD_ISA;
     if (!a->query || !a->key || !a->value || !a->out || a->batch < 1 || a->kv_heads < 1 || a->length < 1) return AB_BAD_SHAPE;
     if (a->heads < 1 || a->heads % a->kv_heads || a->dim < 16 || a->dim % 16 || a->value_dim < 16 || a->value_dim % 16)
@@ -100,7 +100,7 @@ extern "C" int ab_attend(int isa, const ab_attention *a, float scaling, int thre
     c.cos = static_cast<const uint16_t *>(a->cos), c.sin = static_cast<const uint16_t *>(a->sin);
     c.angle_batch = a->angle_batch;
     c.padded = (a->length + 15) / 16 * 16, c.scaling = scaling;
-    const int64_t pairs = a->batch * a->kv_heads, each = QUERIES_AT_ONCE * (2 * a->dim + c.padded);
+    const int64_t pairs = a->batch * a->kv_heads, each = attend_scratch(a->dim, a->value_dim, c.padded);
     const int most = useful(threads, pairs * a->length * (a->dim + a->value_dim));
     const int parts = most < 1 ? 1 : static_cast<int>(pairs < most ? pairs : most);
     Zeros<float> scratch(each * parts);

@@ -10,7 +10,7 @@
 #include "anybits.h"
 #include "convert.h"
 #include "step_kernels.h"
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -34,12 +34,17 @@ STEP_INLINE floats load_floats(const float *at) {
 }
 
 STEP_INLINE floats load_bf16(const uint16_t *at) {
+#if defined(__AVX512F__)  // in vector extensions it becomes two instructions for each half
+    const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(at));
+    return (floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16);
+#else
     halves h;
     memcpy(&h, at, sizeof h);
     const words w = __builtin_convertvector(h, words) << 16;
     floats v;
     memcpy(&v, &w, sizeof v);
     return v;
+#endif
 }
 
 // Rounds to nearest even; NaN stays NaN.
@@ -127,6 +132,11 @@ void silu_mul(const uint16_t *gate, const uint16_t *up, int64_t count, uint16_t 
     over(gate, up, count, [&](floats g, floats u, int n, int64_t i) {
         store_some(y + i, rounded_bf16(g / (exp_of(-g) + 1.0f)) * u, n);
     });
+}
+
+// y = bf16(a + b).
+void add(const uint16_t *a, const uint16_t *b, int64_t count, uint16_t *y) {
+    over(a, b, count, [&](floats v, floats w, int n, int64_t i) { store_some(y + i, v + w, n); });
 }
 
 // Adds the products of a step of columns to sums. AVX512_BF16 multiplies pairs in one instruction: fewer instructions
@@ -220,59 +230,138 @@ void dense(const DenseCall &c, int64_t first, int64_t last) {
     }
 }
 
-// Scores of Q queries [Q, dim] (float32) with every key, times `scaling`, and their greatest.
-template <int Q>
-STEP_INLINE void scores_of(const AttendCall &c, const uint16_t *key, const float *query, float *scores, float *most) {
-    for (int q = 0; q < Q; q++) most[q] = -INFINITY;
-    for (int64_t l = 0; l < c.length; l++) {
-        const uint16_t *row = key + l * c.key_stride;
-        floats sum[Q] = {};
-        for (int64_t i = 0; i < c.dim; i += LANES) {
-            const floats k = load_bf16(row + i);
-            for (int q = 0; q < Q; q++) sum[q] += k * load_floats(query + q * c.dim + i);
-        }
+constexpr int KEYS_AT_ONCE = 4;
+constexpr int64_t KEYS_AHEAD = 16;  // positions that are fetched ahead into the second-level cache
+
+STEP_INLINE void fetch_row(const uint16_t *row, int64_t dim) {
+    for (int64_t i = 0; i < dim; i += 32) __builtin_prefetch(row + i, 0, 2);
+}
+
+// sum_of each of 4 x 4 vectors: [q][j] = sum_of(sums[j][q]), the same additions in the same order, 16 at a time.
+#if defined(__AVX512F__)
+STEP_INLINE __m512 quarters_of(const floats *v) {
+    const __m512d a = (__m512d)v[0], b = (__m512d)v[1], c = (__m512d)v[2], d = (__m512d)v[3];
+    const __m512 ab = (__m512)_mm512_shuffle_f64x2(a, b, 0x44) + (__m512)_mm512_shuffle_f64x2(a, b, 0xee);
+    const __m512 cd = (__m512)_mm512_shuffle_f64x2(c, d, 0x44) + (__m512)_mm512_shuffle_f64x2(c, d, 0xee);
+    return _mm512_shuffle_f32x4(ab, cd, 0x88) + _mm512_shuffle_f32x4(ab, cd, 0xdd);
+}
+
+STEP_INLINE floats sums_of(const floats (*sums)[4]) {
+    const __m512 a = quarters_of(sums[0]), b = quarters_of(sums[1]), c = quarters_of(sums[2]), d = quarters_of(sums[3]);
+    const __m512d ab = (__m512d)(_mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b));
+    const __m512d cd = (__m512d)(_mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d));
+    return (floats)((__m512)_mm512_unpacklo_pd(ab, cd) + (__m512)_mm512_unpackhi_pd(ab, cd));
+}
+#else
+STEP_INLINE floats sums_of(const floats (*sums)[4]) {
+    float all[LANES];
+    for (int q = 0; q < 4; q++)
+        for (int j = 0; j < 4; j++) all[q * 4 + j] = sum_of(sums[j][q]);
+    return load_floats(all);
+}
+#endif
+
+// Scores of Q queries [Q, dim] (float32) with L keys from `row` on, times `scaling`, at scores [Q, padded].
+template <int Q, int L>
+STEP_INLINE void scores_of(const AttendCall &c, const uint16_t *row, const float *query, float *scores) {
+    floats sum[L][Q] = {};
+    for (int64_t i = 0; i < c.dim; i += LANES) {
+        floats k[L];
+#pragma GCC unroll 4
+        for (int j = 0; j < L; j++) k[j] = load_bf16(row + j * c.key_stride + i);
+#pragma GCC unroll 4
         for (int q = 0; q < Q; q++) {
-            const float score = sum_of(sum[q]) * c.scaling;
-            scores[q * c.padded + l] = score;
-            most[q] = score > most[q] ? score : most[q];
+            const floats v = load_floats(query + q * c.dim + i);
+#pragma GCC unroll 4
+            for (int j = 0; j < L; j++) sum[j][q] += k[j] * v;
         }
+    }
+    if constexpr (Q == 4 && L == 4) {
+        float all[LANES];
+        const floats v = sums_of(sum) * c.scaling;
+        memcpy(all, &v, sizeof v);
+        for (int q = 0; q < Q; q++) memcpy(scores + q * c.padded, all + q * 4, 4 * sizeof(float));
+    } else {
+        for (int q = 0; q < Q; q++)
+            for (int j = 0; j < L; j++) scores[q * c.padded + j] = sum_of(sum[j][q]) * c.scaling;
     }
 }
 
-// Sums of values, each times its share; V vectors of 16 at a time.
-template <int Q, int V>
-STEP_INLINE void weigh(const AttendCall &c, const uint16_t *value, const float *shares, const float *whole, uint16_t *out) {
-    floats sum[Q][V] = {};
-    for (int64_t l = 0; l < c.length; l++)
-        for (int i = 0; i < V; i++) {
-            const floats v = load_bf16(value + l * c.value_stride + i * LANES);
-            for (int q = 0; q < Q; q++) sum[q][i] += v * shares[q * c.padded + l];
-        }
-    for (int q = 0; q < Q; q++)
-        for (int i = 0; i < V; i++) store_bf16(out + q * c.value_dim + i * LANES, sum[q][i] / whole[q]);
+template <int Q>
+STEP_INLINE void all_scores(const AttendCall &c, const uint16_t *key, const float *query, float *scores) {
+    int64_t l = 0;
+    for (; l + KEYS_AT_ONCE <= c.length; l += KEYS_AT_ONCE) {
+        const uint16_t *row = key + l * c.key_stride;
+        for (int j = 0; j < KEYS_AT_ONCE; j++) fetch_row(row + (KEYS_AHEAD + j) * c.key_stride, c.dim);
+        scores_of<Q, KEYS_AT_ONCE>(c, row, query, scores + l);
+    }
+    for (; l < c.length; l++) scores_of<Q, 1>(c, key + l * c.key_stride, query, scores + l);
 }
 
+// Adds values first ... last - 1, each times its share, to sums [Q, value_dim]; V vectors of 16 at a time.
+template <int Q, int V>
+STEP_INLINE void weigh(const AttendCall &c, const uint16_t *value, const float *shares, int64_t first, int64_t last, float *sums) {
+    floats sum[Q][V];
+#pragma GCC unroll 4
+    for (int q = 0; q < Q; q++)
+#pragma GCC unroll 4
+        for (int i = 0; i < V; i++) sum[q][i] = load_floats(sums + q * c.value_dim + i * LANES);
+    for (int64_t l = first; l < last; l++)
+#pragma GCC unroll 4
+        for (int i = 0; i < V; i++) {
+            const floats v = load_bf16(value + l * c.value_stride + i * LANES);
+#pragma GCC unroll 4
+            for (int q = 0; q < Q; q++) sum[q][i] += v * shares[q * c.padded + l];
+        }
+#pragma GCC unroll 4
+    for (int q = 0; q < Q; q++)
+#pragma GCC unroll 4
+        for (int i = 0; i < V; i++) memcpy(sums + q * c.value_dim + i * LANES, &sum[q][i], sizeof sum[q][i]);
+}
+
+// Values of one piece stay in the first-level cache while all their columns are added, while the next piece is fetched.
+constexpr int64_t VALUES_AT_ONCE = 32;
+
+template <int Q>
+STEP_INLINE void weigh_all(const AttendCall &c, const uint16_t *value, const float *shares, float *sums) {
+    memset(sums, 0, static_cast<size_t>(Q * c.value_dim) * sizeof(float));
+    for (int64_t first = 0; first < c.length; first += VALUES_AT_ONCE) {
+        const int64_t last = first + VALUES_AT_ONCE < c.length ? first + VALUES_AT_ONCE : c.length;
+        for (int64_t l = last; l < last + VALUES_AT_ONCE; l++) fetch_row(value + l * c.value_stride, c.value_dim);
+        int64_t i = 0;
+        for (; i + 4 * LANES <= c.value_dim; i += 4 * LANES) weigh<Q, 4>(c, value + i, shares, first, last, sums + i);
+        for (; i < c.value_dim; i += LANES) weigh<Q, 1>(c, value + i, shares, first, last, sums + i);
+    }
+}
+
+// scratch: Q queries and Q sums of values in float32, then scores.
 template <int Q>
 STEP_INLINE void attend_queries(const AttendCall &c, const uint16_t *key, const uint16_t *value, const uint16_t *query,
                                 float *scratch, uint16_t *out) {
-    float *const floats_of_query = scratch, *const scores = scratch + Q * c.dim;
-    float most[Q], whole[Q];
+    float *const floats_of_query = scratch, *const sums = scratch + Q * c.dim, *const scores = sums + Q * c.value_dim;
+    float whole[Q];
     widen(query, Q * c.dim, floats_of_query);
-    scores_of<Q>(c, key, floats_of_query, scores, most);
+    all_scores<Q>(c, key, floats_of_query, scores);
     for (int q = 0; q < Q; q++) {
-        float *row = scores + q * c.padded;
+        float *row = scores + q * c.padded, most = -INFINITY;
         for (int64_t l = c.length; l < c.padded; l++) row[l] = -INFINITY;
-        floats sum = {};
+        floats greatest = load_floats(row), sum = {};
+        for (int64_t l = LANES; l < c.padded; l += LANES) {
+            const floats v = load_floats(row + l);
+            greatest = v > greatest ? v : greatest;
+        }
+        for (int i = 0; i < LANES; i++) most = greatest[i] > most ? greatest[i] : most;
         for (int64_t l = 0; l < c.padded; l += LANES) {
-            const floats share = exp_of(load_floats(row + l) - most[q]);
+            const floats share = exp_of(load_floats(row + l) - most);
             memcpy(row + l, &share, sizeof share);
             sum += share;
         }
         whole[q] = sum_of(sum);
     }
-    int64_t i = 0;
-    for (; i + 4 * LANES <= c.value_dim; i += 4 * LANES) weigh<Q, 4>(c, value + i, scores, whole, out + i);
-    for (; i < c.value_dim; i += LANES) weigh<Q, 1>(c, value + i, scores, whole, out + i);
+    weigh_all<Q>(c, value, scores, sums);
+    for (int q = 0; q < Q; q++)
+        for (int64_t i = 0; i < c.value_dim; i += LANES)
+            store_bf16(out + q * c.value_dim + i, load_floats(sums + q * c.value_dim + i) / whole[q]);
 }
 
 // y = bf16(bf16(x * cos) + bf16(turned * sin)), where turned is x with its halves exchanged and the new first one negated.
@@ -302,7 +391,7 @@ void attend(const AttendCall &c, int64_t first, int64_t last, float *scratch) {
             const uint16_t *query = c.query + batch * c.query_batch + at * c.dim;
             uint16_t *out = c.out + (batch * c.heads + at) * c.value_dim;
             if (c.new_key) {
-                uint16_t *const turned = reinterpret_cast<uint16_t *>(scratch + QUERIES_AT_ONCE * (c.dim + c.padded));
+                uint16_t *const turned = reinterpret_cast<uint16_t *>(scratch + QUERIES_AT_ONCE * (c.dim + c.value_dim + c.padded));
                 for (int64_t i = 0; i < QUERIES_AT_ONCE && q + i < shared; i++)
                     rotate(query + i * c.dim, cos, sin, c.dim, turned + i * c.dim);
                 query = turned;
@@ -317,6 +406,6 @@ void attend(const AttendCall &c, int64_t first, int64_t last, float *scratch) {
     }
 }
 
-const StepKernels kernels = {dense, rms_norm, silu_mul, attend};
+const StepKernels kernels = {dense, rms_norm, silu_mul, add, attend};
 
 }  // namespace

@@ -31,9 +31,18 @@ struct StepKernels {
     void (*dense)(const DenseCall &call, int64_t first, int64_t last);  // rows of weight
     void (*rms_norm)(const uint16_t *x, const uint16_t *weight, int64_t k, float eps, uint16_t *y);
     void (*silu_mul)(const uint16_t *gate, const uint16_t *up, int64_t count, uint16_t *y);
-    // Pairs of a sequence and a key head. scratch: QUERIES_AT_ONCE * (2 * dim + padded) floats.
+    void (*add)(const uint16_t *a, const uint16_t *b, int64_t count, uint16_t *y);
+    // Pairs of a sequence and a key head. scratch: attend_scratch() floats.
     void (*attend)(const AttendCall &call, int64_t first, int64_t last, float *scratch);
 };
+
+// What an attention call needs of a thread, in floats.
+inline int64_t attend_scratch(int64_t dim, int64_t value_dim, int64_t padded) {
+    return QUERIES_AT_ONCE * (2 * dim + value_dim + padded);
+}
+
+// The kernels for `isa`; NULL where this machine does not run it.
+const StepKernels *step_kernels_of(int isa);
 
 const StepKernels *step_portable();
 const StepKernels *step_avx2();

@@ -8,6 +8,7 @@ namespace {
 void (*gomp_parallel)(void (*)(void *), void *, unsigned, unsigned) = nullptr;
 int (*thread_number)() = nullptr;
 int (*team_size)() = nullptr;
+void (*gomp_barrier)() = nullptr;
 
 struct Job {
     void (*body)(void *, int, int);
@@ -25,10 +26,11 @@ bool threads_use(const char *library) {
     void *handle = dlopen(library, RTLD_NOLOAD | RTLD_NOW);
     if (!handle) return false;
     void *run = dlsym(handle, "GOMP_parallel"), *number = dlsym(handle, "omp_get_thread_num");
-    void *size = dlsym(handle, "omp_get_num_threads");
-    if (!run || !number || !size) return false;
+    void *size = dlsym(handle, "omp_get_num_threads"), *barrier = dlsym(handle, "GOMP_barrier");
+    if (!run || !number || !size || !barrier) return false;
     thread_number = reinterpret_cast<int (*)()>(number);
     team_size = reinterpret_cast<int (*)()>(size);
+    gomp_barrier = reinterpret_cast<void (*)()>(barrier);
     gomp_parallel = reinterpret_cast<void (*)(void (*)(void *), void *, unsigned, unsigned)>(run);
     return true;
 }
@@ -39,3 +41,5 @@ void threads_run(int threads, void (*body)(void *, int, int), void *context) {
     Job job{body, context};
     gomp_parallel(run_part, &job, static_cast<unsigned>(threads), 0);
 }
+
+void threads_wait() { gomp_barrier(); }

@@ -9,6 +9,9 @@ bool threads_use(const char *library);
 // Run body(context, part, parts) for every part on up to `threads` threads; returns when all are done.
 void threads_run(int threads, void (*body)(void *context, int part, int parts), void *context);
 
+// Wait, inside of a body that has several parts, until all parts are here.
+void threads_wait();
+
 template <class F>
 void parallel(int threads, F &&body) {
     if (threads <= 1) return body(0, 1);

@@ -7,6 +7,7 @@ from typing import Any
 from anybits.integrations.decode_step.attention import use_decode_attention
 from anybits.integrations.decode_step.attention_layers import use_step_attention
 from anybits.integrations.decode_step.cache import use_growing_cache
+from anybits.integrations.decode_step.layers import use_step_layers
 from anybits.integrations.decode_step.modules import use_step_modules
 
 
@@ -16,3 +17,4 @@ def use_decode_step(model: Any) -> None:
     use_growing_cache(model)
     use_step_modules(model)
     use_step_attention(model)
+    use_step_layers(model)

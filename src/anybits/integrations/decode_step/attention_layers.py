@@ -23,9 +23,12 @@ from anybits.kernels.cuda import step as small
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _NORMS = ("q_norm", "k_norm")
-_PLAIN = {decode_attention.NAME, f"{decode_attention.NAME}_by_rows"}
-_FUSED = _PLAIN | {"sdpa"}
+PLAIN = {decode_attention.NAME, f"{decode_attention.NAME}_by_rows"}
+"""Implementations of attention that compute softmax(q k) v for one new position."""
+
+_FUSED = PLAIN | {"sdpa"}
 """Implementations whose layers may take the kernel of a GPU: on a CPU with AMX torch's own stays in use."""
+
 _HIDDEN, _POSITIONS = 32, 5
 
 
@@ -45,7 +48,7 @@ class _Attention:
             hidden_states.shape[1] == 1
             and attention_mask is None
             and past_key_values is not None
-            and self.config._attn_implementation in _PLAIN
+            and self.config._attn_implementation in PLAIN
             and not (kwargs and (kwargs.get("output_attentions") or not decode_attention.is_plain(kwargs)))
             and step.usable(hidden_states)
             and _holds(past_key_values, self.layer_idx, hidden_states.shape[0])
@@ -74,10 +77,8 @@ class _Attention:
 def _holds(cache: Any, layer: int, batch: int) -> bool:
     """Return whether `cache` has bfloat16 positions of `batch` sequences in a layer that grows in place."""
     found = cache.layers[layer] if len(cache.layers) > layer else None
-    if type(found) is not GrowingLayer or not found.is_initialized or found.keys.ndim != 4:
-        return False
-    keys = found.keys
-    return keys.shape[2] > 0 and keys.shape[0] == batch and keys.dtype is torch.bfloat16 and keys.stride(3) == 1
+    positions = found.positions() if type(found) is GrowingLayer else None
+    return positions is not None and positions[0] == batch
 
 
 def _step(layer: Any, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], cache: GrowingLayer) -> torch.Tensor:

@@ -31,9 +31,9 @@ class _Norm:
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         """Return `[..., K]` for x `[..., K]`."""
         if step.usable(x, self.weight):
-            return step.rms_norm(x, self.weight, _eps(self))
+            return step.rms_norm(x, self.weight, norm_eps(self))
         if small.usable(x, self.weight):
-            return small.rms_norm(x, self.weight, _eps(self))
+            return small.rms_norm(x, self.weight, norm_eps(self))
         return super().forward(x)  # type: ignore[misc]
 
 
@@ -42,9 +42,10 @@ class _GatedMLP:
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         """Return `[..., K]` for x `[..., K]`."""
-        if step.usable(x):
+        watched = self.act_fn._forward_hooks or self.act_fn._forward_pre_hooks
+        if not watched and step.usable(x):
             return self.down_proj(step.silu_mul(self.gate_proj(x), self.up_proj(x)))
-        if small.usable(x):
+        if not watched and small.usable(x):
             return self.down_proj(small.silu_mul(self.gate_proj(x), self.up_proj(x)))
         return super().forward(x)  # type: ignore[misc]
 
@@ -105,7 +106,8 @@ def _ours(*tensors: torch.Tensor | None) -> bool:
     return all(t is None or (t.dtype is torch.bfloat16 and t.device.type == "cpu") for t in tensors)
 
 
-def _eps(norm: Any) -> float:
+def norm_eps(norm: Any) -> float:
+    """Return the epsilon of an RMSNorm under either of its names."""
     found = getattr(norm, "variance_epsilon", None)
     return float(norm.eps if found is None else found)
 
@@ -122,7 +124,7 @@ def _is_norm(module: Any) -> bool:
         return False
     x, here = _rows(weight.shape[0]), on_cpu(module)
     with torch.no_grad():
-        return agree(here.forward(x), standard().rms_norm(x, here.weight, _eps(here)))
+        return agree(here.forward(x), standard().rms_norm(x, here.weight, norm_eps(here)))
 
 
 def on_cpu(module: Any) -> Any:
