@@ -127,6 +127,17 @@ def test_the_same_bits_on_any_threads_and_instruction_set(
         step.isa_number.cache_clear()
 
 
+@pytest.mark.parametrize("group", [32, None], ids=["affine", "codebook"])
+def test_the_same_bits_with_activations_in_8_bits(
+    group: int | None, monkeypatch: pytest.MonkeyPatch, calls: list[int]
+) -> None:
+    monkeypatch.setattr(cpu, "_activation_bits_by_environment", lambda: 8)
+    model, parts = model_of("llama", group)
+    for batch in (1, 3, 11):
+        assert torch.equal(decoded(model, tokens(batch, 6), 3), decoded(parts, tokens(batch, 6), 3))
+    assert len(calls) == 3 * 3 * 2
+
+
 def test_long_contexts_and_caches_that_are_changed(calls: list[int]) -> None:
     model, parts = model_of("llama", max_position_embeddings=1024)
     ids, found = tokens(2, 500), []
@@ -150,9 +161,6 @@ def test_long_contexts_and_caches_that_are_changed(calls: list[int]) -> None:
 def test_precisions_of_scopes_profiles_and_rows(calls: list[int]) -> None:
     model, parts = model_of("llama")
     for each in (model, parts):
-        for module in each.modules():
-            if isinstance(module, PlaneLinear):
-                module.profiles = {"2.5": next(p for n, p in MIXED.items() if getattr(each, "_", n) and n)}
         for one in each.model.layers:
             for parent in (one.self_attn, one.mlp):
                 for child, module in parent.named_children():
