@@ -189,11 +189,7 @@ struct Avx2 : ShortIntegers {
     static V find(V table, V code) { return _mm256_shuffle_epi8(table, _mm256_and_si256(code, bytes(0x0f))); }
     static V eight_words(const int16_t *p) { return table_at(reinterpret_cast<const uint8_t *>(p)); }
     static Sum add_word_products(Sum sum, V w, V x) { return _mm256_add_epi32(sum, _mm256_madd_epi16(w, x)); }
-    static F load_rows(const float *p, int g) { return _mm256_set_m128(_mm_loadu_ps(p + 16 + 4 * g), _mm_loadu_ps(p + 4 * g)); }
-    static void store_rows(float *p, int g, F v) {
-        _mm_storeu_ps(p + 4 * g, _mm256_castps256_ps128(v));
-        _mm_storeu_ps(p + 16 + 4 * g, _mm256_extractf128_ps(v, 1));
-    }
+    static constexpr int row_of(int place) { return place / 8 * 4 + place % 4 + (place & 4 ? 16 : 0); }
     // What vhaddps does, in fewer operations.
     static F add_neighbours(F a, F b) { return _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x88), _mm256_shuffle_ps(a, b, 0xDD)); }
     static F four_totals(const Sum *s) {

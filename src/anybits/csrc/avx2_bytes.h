@@ -56,7 +56,7 @@ constexpr int WORDS_AGAIN = 8;
 
 // Rows of x from which 14-bit levels cost less than tables of sums, by the highest precision, with activations in 16 and in 8 bits;
 // 513 for never. In 16 bits they would from five on: up to 15 a row's result does not depend on its batch.
-constexpr int WORDS_ROWS[2][AB_MAX_PLANES + 1] = {{0, 513, 16, 16, 16, 16, 16, 16, 16}, {0, 513, 513, 48, 12, 8, 8, 8, 8}};
+constexpr int WORDS_ROWS[2][AB_MAX_PLANES + 1] = {{0, 513, 16, 16, 16, 16, 16, 16, 16}, {0, 513, 513, 48, 20, 12, 8, 8, 8}};
 
 struct Avx2Instance {
     using Exact = Instance<Avx2>;

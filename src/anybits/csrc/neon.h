@@ -177,8 +177,7 @@ struct Neon : ShortIntegers {
         const int16x8_t a = vreinterpretq_s16_u8(w), b = vreinterpretq_s16_u8(x);
         return vmlal_high_s16(vmlal_s16(sum, vget_low_s16(a), vget_low_s16(b)), a, b);
     }
-    static F load_rows(const float *p, int g) { return vld1q_f32(p + 4 * g); }
-    static void store_rows(float *p, int g, F v) { vst1q_f32(p + 4 * g, v); }
+    static constexpr int row_of(int place) { return place; }
     static F four_totals(const Sum *s) {
         const F first = vpaddq_f32(vcvtq_f32_s32(s[0]), vcvtq_f32_s32(s[1]));
         return vpaddq_f32(first, vpaddq_f32(vcvtq_f32_s32(s[2]), vcvtq_f32_s32(s[3])));

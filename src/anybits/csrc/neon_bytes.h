@@ -51,7 +51,7 @@ struct NeonBytes : Neon {
 };
 
 // As on AVX2, by counts of instructions: no Arm machine was at hand.
-constexpr int WORDS_ROWS[2][AB_MAX_PLANES + 1] = {{0, 513, 16, 16, 16, 16, 16, 16, 16}, {0, 513, 513, 48, 12, 8, 8, 8, 8}};
+constexpr int WORDS_ROWS[2][AB_MAX_PLANES + 1] = {{0, 513, 16, 16, 16, 16, 16, 16, 16}, {0, 513, 513, 48, 20, 12, 8, 8, 8}};
 
 struct NeonInstance {
     using Exact = Instance<Neon>;

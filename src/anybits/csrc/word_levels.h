@@ -69,7 +69,7 @@ inline void transpose_bytes(typename I::V *v) {
 template <class I>
 struct alignas(64) WordTables {
     typename I::V low[2][ROW_VECTORS], high[2][ROW_VECTORS];
-    float unit[I::TILE], offset[I::TILE];
+    float unit[I::TILE], offset[I::TILE];  // rows in the order of I::row_of
 };
 
 // Signed sums of COUNT planes' scales; plane b decides on bit COUNT - 1 - b of an entry. Fewer than 16 are repeated.
@@ -104,7 +104,8 @@ void fill_words(const Header *h, int64_t tile, int64_t block, WordTables<I> *out
     const int64_t level_bytes = TILE * level_size(DTYPE);
     const uint8_t *level = affine_block_levels(h, P, tile, block);
     const float *steps = affine_steps_at(h, P, tile);
-    alignas(64) float scales[P + 1][TILE];
+    for (int64_t i = 0; i < (P + 1) * level_bytes; i += 64) fetch_ahead(level + STREAM_AHEAD + i);
+    alignas(64) float scales[P + 1][TILE], units[TILE];
     for (int b = 0; b < P + (h->shape.has_offsets ? 1 : 0); b++)
         for (int f = 0; f < FV; f++)
             I::store(scales[b] + f * I::LANES, level_in_steps<I, DTYPE>(level + b * level_bytes, steps + b * TILE, f));
@@ -113,8 +114,11 @@ void fill_words(const Header *h, int64_t tile, int64_t block, WordTables<I> *out
         for (int b = 0; b < P; b++) peak += __builtin_fabsf(scales[b][r]);
         const float inverse = peak > 0 ? LEVEL_WORD_LIMIT / peak : 0;
         for (int b = 0; b < P; b++) scales[b][r] *= inverse;
-        out->unit[r] = peak * (1.0f / LEVEL_WORD_LIMIT);
-        out->offset[r] = h->shape.has_offsets ? scales[P][r] : 0;
+        units[r] = peak * (1.0f / LEVEL_WORD_LIMIT);
+    }
+    for (int i = 0; i < TILE; i++) {
+        out->unit[i] = units[I::row_of(i)];
+        out->offset[i] = h->shape.has_offsets ? scales[P][I::row_of(i)] : 0;
     }
     fill_entries<I, FIRST>(scales, out->low[0], out->high[0]);
     if constexpr (P > FIRST) fill_entries<I, P - FIRST>(scales + FIRST, out->low[1], out->high[1]);
@@ -154,7 +158,7 @@ void expand_words(const Header *h, int64_t tile, int64_t block, const WordTables
     }
 }
 
-// One block for M rows of x from position `from` on; y is [position][TILE].
+// One block for M rows of x from position `from` on; y is [position][TILE], rows in the order of I::row_of.
 template <class I, int M>
 void word_products(const Call &c, int64_t block, int from, const typename I::V *levels, const WordTables<I> &tables, float *y) {
     const int16_t *x[M];
@@ -176,11 +180,11 @@ void word_products(const Call &c, int64_t block, int from, const typename I::V *
 #pragma GCC unroll 4
                 for (int t = 0; t < 4; t++) sums[m][t] = I::add_word_products(sums[m][t], levels[4 * v + t], factor);
             }
-        const typename I::F unit = I::load_rows(tables.unit, g), offset = I::load_rows(tables.offset, g);
+        const typename I::F unit = I::load(tables.unit + g * I::LANES), offset = I::load(tables.offset + g * I::LANES);
         for (int m = 0; m < M; m++) {
-            float *at = y + (from + m) * I::TILE;
-            const typename I::F before = I::fma(offset, sum[m], I::load_rows(at, g));
-            I::store_rows(at, g, I::fma(I::four_totals(sums[m]), I::fma(unit, scale[m], I::zero()), before));
+            float *at = y + (from + m) * I::TILE + g * I::LANES;
+            const typename I::F before = I::fma(offset, sum[m], I::load(at));
+            I::store(at, I::fma(I::four_totals(sums[m]), I::fma(unit, scale[m], I::zero()), before));
         }
     }
 }
@@ -215,6 +219,11 @@ void word_multiply_as(const Call &c, int64_t first, int64_t last, float *scratch
         for (int64_t block = 0; block < c.weight->blocks; block++)
             for (int i = 0; i < c.segment_count; i++)
                 segment[c.segments[i].precision](c, c.segments[i], tile, block, block_levels, scratch);
+        for (int p = 0; p < c.rows; p++) {
+            float rows[I::TILE];
+            for (int i = 0; i < I::TILE; i++) rows[I::row_of(i)] = scratch[p * I::TILE + i];
+            memcpy(scratch + p * I::TILE, rows, sizeof rows);
+        }
         store_tiles<I>(c, tile, 1, scratch);
     }
 }
