@@ -120,6 +120,17 @@ inline __attribute__((always_inline)) void dots_of(const typename I::Words *w, c
     }
 }
 
+// Rows of x of one precision among a few, whose centroids are w.
+template <class I, int M>
+inline __attribute__((always_inline)) void add_row_products(const typename I::Words &w, const typename I::X *const *x, int64_t at,
+                                                            const float *const *scales, int64_t scale, typename I::F *sums) {
+    const typename I::X *here[M];
+    typename I::F products[M][1];
+    for (int m = 0; m < M; m++) here[m] = x[m] + at;
+    dots_of<I, M, 1>(&w, here, products);
+    for (int m = 0; m < M; m++) sums[m] = I::fma(products[m][0], I::set1(scales[m][scale]), sums[m]);
+}
+
 // Spans first ... last - 1 of one output row for MC rows of x at precision P, added to sums[m] of LANES floats.
 template <class I, int P, int MC>
 void codebook_row(const Call &c, const int *rows, int64_t n, int64_t first, int64_t last, int64_t ahead, float *sums_at) {
@@ -150,11 +161,55 @@ void codebook_row(const Call &c, const int *rows, int64_t n, int64_t first, int6
                 typename I::Words w;  // centroids of the part's columns
                 table.lookup(codes + VECTORS * part, w);
                 const int64_t at = span * c.rows * SPAN + part * I::PART + piece * I::BYTES;
-                const typename I::X *here[MC];
-                F products[MC][1];
-                for (int m = 0; m < MC; m++) here[m] = x[m] + at;
-                dots_of<I, MC, 1>(&w, here, products);
-                for (int m = 0; m < MC; m++) sums[m] = I::fma(products[m][0], I::set1(scales[m][span * PARTS + part]), sums[m]);
+                add_row_products<I, MC>(w, x, at, scales, span * PARTS + part, sums);
+            }
+        }
+    }
+    for (int m = 0; m < MC; m++) I::store(sums_at + m * I::LANES, sums[m]);
+}
+
+constexpr int FEW_ROWS = 4;  // rows of x that what is looked up serves from registers
+
+// As codebook_row for rows of several precisions, the highest, P, first. A lower one has a table of its own for the same codes: 2^P
+// entries, each centroid repeated for all codes that begin with its own. What is looked up serves all rows of a precision.
+template <class I, int P, int MC>
+void codebook_mixed_row(const Call &c, const int *rows, const int *precisions, int64_t n, int64_t first, int64_t last, int64_t ahead,
+                        float *sums_at) {
+    using V = typename I::V;
+    using Table = typename I::template Table<P>;
+    constexpr int PIECES = 64 / I::BYTES, PARTS = SPAN / I::PART, VECTORS = 8 / PARTS;
+    const Header *h = c.weight;
+    const uint8_t *plane = plane_at(h, 0, n);
+    alignas(64) int16_t entries[MC][1 << P < 32 ? 32 : 1 << P];
+    bool fresh[MC];
+    const typename I::X *x[MC];
+    const float *scales[MC];
+    typename I::F sums[MC];
+    for (int m = 0; m < MC; m++) {
+        const int16_t *centroids = centroids_at(h, precisions[m], n);
+        fresh[m] = !m || precisions[m] != precisions[m - 1];
+        for (int code = 0; fresh[m] && code < 1 << P; code++) entries[m][code] = centroids[code >> (P - precisions[m])];
+        x[m] = activations_of<I>(c, rows[m]);
+        scales[m] = c.scales + rows[m] * c.scale_stride;
+        sums[m] = I::load(sums_at + m * I::LANES);
+    }
+    for (int64_t span = first; span < last; span++) {
+        for (int piece = 0; piece < PIECES; piece++) {
+            V planes[P], codes[8];
+            for (int b = 0; b < P; b++) {
+                const uint8_t *at = plane + b * h->plane_stride + span * 64 + piece * I::BYTES;
+                if (piece == 0) fetch_ahead(at + ahead);
+                planes[b] = I::load_bytes(at);
+            }
+            merge_codes<I, P>(planes, codes);
+            for (int part = 0; part < PARTS; part++) {
+                const int64_t at = span * c.rows * SPAN + part * I::PART + piece * I::BYTES, scale = span * PARTS + part;
+                typename I::Words w;
+#pragma GCC unroll 4
+                for (int m = 0; m < MC; m++) {
+                    if (m == 0 || fresh[m]) Table(entries[m]).lookup(codes + VECTORS * part, w);
+                    add_row_products<I, 1>(w, x + m, at, scales + m, scale, sums + m);
+                }
             }
         }
     }
@@ -283,24 +338,42 @@ void codebook_rows(const Call &c, int64_t n, int64_t count, float *sums) {
 
 constexpr int64_t FIRST_LEVEL = 32 << 10;  // bytes of activations up to which planes are read in one go
 
-// A segment, up to four rows of x at a time: what is looked up stays in registers, and is looked up again for the next four.
-// Planes are read in one go unless x is too long for the first-level cache.
+// Up to four rows of x at a time: what is looked up stays in registers, and is looked up again for the next four. Planes are read
+// in one go unless x is too long for the first-level cache.
 template <class I, int P>
-void codebook_few_rows(const Call &c, const Segment &s, int64_t n, int64_t count, float *sums) {
+void codebook_few_rows(const Call &c, const int *precisions, int position, int taken, int64_t n, int64_t count, int64_t first,
+                       int64_t last, int64_t ahead, float *sums) {
     void (*const row[])(const Call &, const int *, int64_t, int64_t, int64_t, int64_t, float *) = {
-        codebook_row<I, P, 1>, codebook_row<I, P, 2>, codebook_row<I, P, 3>, codebook_row<I, P, 4>};
-    const int64_t spans = c.weight->spans, x_bytes = s.count * spans * SPAN * static_cast<int64_t>(sizeof(typename I::X));
+        codebook_row<I, P, 1>, codebook_row<I, P, 2>, codebook_row<I, P, 3>, codebook_row<I, P, FEW_ROWS>};
+    void (*const mixed_row[])(const Call &, const int *, const int *, int64_t, int64_t, int64_t, int64_t, float *) = {
+        nullptr, codebook_mixed_row<I, P, 2>, codebook_mixed_row<I, P, 3>, codebook_mixed_row<I, P, FEW_ROWS>};
+    const int *rows = c.order + position;
+    const bool mixed = precisions[taken - 1] != P;
+    for (int64_t r = 0; r < count; r++) {
+        float *at = sums + (r * c.rows + position) * I::LANES;
+        if (mixed)
+            mixed_row[taken - 1](c, rows, precisions, n + r, first, last, ahead, at);
+        else
+            row[taken - 1](c, rows, n + r, first, last, ahead, at);
+    }
+}
+
+template <class I>
+void codebook_by_fours(const Call &c, int64_t n, int64_t count, float *sums) {
+    void (*const few_rows[])(const Call &, const int *, int, int, int64_t, int64_t, int64_t, int64_t, int64_t, float *) = {
+        codebook_few_rows<I, 1>, codebook_few_rows<I, 2>, codebook_few_rows<I, 3>, codebook_few_rows<I, 4>,
+        codebook_few_rows<I, 5>, codebook_few_rows<I, 6>, codebook_few_rows<I, 7>, codebook_few_rows<I, 8>};
+    int precisions[AB_MAX_ROWS];
+    for (int i = 0; i < c.segment_count; i++)
+        for (int m = 0; m < c.segments[i].count; m++) precisions[c.segments[i].first + m] = c.segments[i].precision;
+    const int64_t spans = c.weight->spans, x_bytes = c.rows * spans * SPAN * static_cast<int64_t>(sizeof(typename I::X));
     const int64_t at_once = x_bytes <= FIRST_LEVEL ? spans : PIECE_SPANS;
     const int64_t ahead = at_once == spans ? STREAM_AHEAD : CODEBOOK_TILE * c.weight->tile_bytes;
     for (int64_t span = 0; span < spans; span += at_once) {
         const int64_t end = span + at_once < spans ? span + at_once : spans;
-        for (int done = 0, taken; done < s.count; done += taken) {
-            const int position = s.first + done;
-            taken = s.count - done < 4 ? s.count - done : 4;
-            for (int64_t r = 0; r < count; r++) {
-                float *at = sums + (r * c.rows + position) * I::LANES;
-                row[taken - 1](c, c.order + position, n + r, span, end, ahead, at);
-            }
+        for (int position = 0, taken; position < c.rows; position += taken) {
+            taken = c.rows - position < FEW_ROWS ? c.rows - position : FEW_ROWS;
+            few_rows[precisions[position] - 1](c, precisions + position, position, taken, n, count, span, end, ahead, sums);
         }
     }
 }
@@ -308,7 +381,7 @@ void codebook_few_rows(const Call &c, const Segment &s, int64_t n, int64_t count
 // Whether storing codes costs less than looking them up again for every four rows of x: measured on Zen 4, docs/kernels.md.
 template <class I>
 inline bool shares_codes(const Call &c) {
-    if (c.segment_count > 1) return c.rows >= 4;
+    if (c.segment_count > 1) return c.rows >= 24;
     return c.rows >= (c.form == BYTES ? 8 : I::CODES_ROWS) || (c.rows > 4 && c.segments[0].precision >= 5);
 }
 
@@ -323,9 +396,6 @@ inline void tile_totals(const float *sums, int64_t stride, int64_t count, float 
 // Tiles are 16 output rows here: enough to write results in whole cache lines.
 template <class I>
 void codebook_multiply(const Call &c, int64_t first, int64_t last, float *scratch) {
-    void (*const few_rows[])(const Call &, const Segment &, int64_t, int64_t, float *) = {
-        codebook_few_rows<I, 1>, codebook_few_rows<I, 2>, codebook_few_rows<I, 3>, codebook_few_rows<I, 4>,
-        codebook_few_rows<I, 5>, codebook_few_rows<I, 6>, codebook_few_rows<I, 7>, codebook_few_rows<I, 8>};
     const int64_t n = c.weight->shape.out_features;
     for (int64_t tile = first; tile < last; tile++) {
         const int64_t row = tile * CODEBOOK_TILE, count = n - row < CODEBOOK_TILE ? n - row : CODEBOOK_TILE;
@@ -333,8 +403,7 @@ void codebook_multiply(const Call &c, int64_t first, int64_t last, float *scratc
         if (shares_codes<I>(c))
             codebook_rows<I>(c, row, count, scratch);
         else
-            for (int i = 0; i < c.segment_count; i++)
-                few_rows[c.segments[i].precision - 1](c, c.segments[i], row, count, scratch);
+            codebook_by_fours<I>(c, row, count, scratch);
         for (int i = 0; i < c.segment_count; i++) {
             const Segment &s = c.segments[i];
             for (int p = s.first; p < s.first + s.count; p++) {
