@@ -1,6 +1,6 @@
 // What stands between the products of one decode step: the dense output layer, norms, the gated activation, attention
 // of one new position. bfloat16 in and out, float32 in between. One source for all instruction sets: vectors of 16
-// floats, which each step_*.cpp compiles with its own flags.
+// floats (step_vectors.h), which each step_*.cpp compiles with its own flags.
 #pragma once
 
 #include <math.h>
@@ -10,95 +10,9 @@
 #include "anybits.h"
 #include "convert.h"
 #include "step_kernels.h"
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
+#include "step_vectors.h"
 
 namespace {
-
-constexpr int LANES = 16;
-
-typedef float floats __attribute__((vector_size(64)));
-typedef float eight __attribute__((vector_size(32)));
-typedef float four __attribute__((vector_size(16)));
-typedef uint32_t words __attribute__((vector_size(64)));
-typedef int32_t integers __attribute__((vector_size(64)));
-typedef uint16_t halves __attribute__((vector_size(32)));
-
-#define STEP_INLINE inline __attribute__((always_inline))
-
-STEP_INLINE floats load_floats(const float *at) {
-    floats v;
-    memcpy(&v, at, sizeof v);
-    return v;
-}
-
-STEP_INLINE floats load_bf16(const uint16_t *at) {
-#if defined(__AVX512F__)  // in vector extensions it becomes two instructions for each half
-    const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(at));
-    return (floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16);
-#else
-    halves h;
-    memcpy(&h, at, sizeof h);
-    const words w = __builtin_convertvector(h, words) << 16;
-    floats v;
-    memcpy(&v, &w, sizeof v);
-    return v;
-#endif
-}
-
-// Rounds to nearest even; NaN stays NaN.
-STEP_INLINE void store_bf16(uint16_t *at, floats v) {
-    words w;
-    memcpy(&w, &v, sizeof w);
-    const words rounded = (w + 0x7fff + (w >> 16 & 1)) >> 16;
-    const words nan = (words)(v != v);
-    const halves h = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), halves);
-    memcpy(at, &h, sizeof h);
-}
-
-STEP_INLINE floats rounded_bf16(floats v) {
-    uint16_t h[LANES];
-    store_bf16(h, v);
-    return load_bf16(h);
-}
-
-// Halves are added until four are left: each step is one instruction.
-STEP_INLINE float sum_of(floats v) {
-    eight parts[2];
-    memcpy(parts, &v, sizeof v);
-    const eight e = parts[0] + parts[1];
-    four quarters[2];
-    memcpy(quarters, &e, sizeof e);
-    const four f = quarters[0] + quarters[1];
-    return (f[0] + f[2]) + (f[1] + f[3]);
-}
-
-STEP_INLINE floats splat(float f) { return floats{} + f; }
-
-// e^v with a relative error below 1e-6; 0 below -87, infinite above 88.
-STEP_INLINE floats exp_of(floats v) {
-    const floats low = splat(-87.0f), high = splat(88.0f);
-    const floats inside = v < low ? low : (v > high ? high : v);
-    const floats turns = inside * 1.44269504f + 12582912.0f;  // rounds to an integer in the low bits
-    integers n;
-    memcpy(&n, &turns, sizeof n);
-    const floats whole = turns - 12582912.0f;
-    const floats r = (inside - whole * 0.693359375f) + whole * 2.12194440e-4f;
-    floats p = splat(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    const integers power = ((n - 0x4b400000) + 127) << 23;
-    floats scale;
-    memcpy(&scale, &power, sizeof scale);
-    p *= scale;
-    p = v < low ? splat(0.0f) : (v > high ? splat(INFINITY) : p);
-    return v != v ? v : p;
-}
 
 // Calls body(values of a and b, how many count, where) for 16 elements at a time; what lies past the end reads as 0.
 template <class F>
@@ -230,15 +144,19 @@ void dense(const DenseCall &c, int64_t first, int64_t last) {
     }
 }
 
-constexpr int KEYS_AT_ONCE = 4;
+#if defined(__AVX512F__)
+constexpr int KEYS_AT_ONCE = 4, COLUMNS_AT_ONCE = 4;  // vectors of sums, for four queries, that registers hold
+#else
+constexpr int KEYS_AT_ONCE = 1, COLUMNS_AT_ONCE = 1;
+#endif
 constexpr int64_t KEYS_AHEAD = 16;  // positions that are fetched ahead into the second-level cache
 
 STEP_INLINE void fetch_row(const uint16_t *row, int64_t dim) {
     for (int64_t i = 0; i < dim; i += 32) __builtin_prefetch(row + i, 0, 2);
 }
 
-// sum_of each of 4 x 4 vectors: [q][j] = sum_of(sums[j][q]), the same additions in the same order, 16 at a time.
 #if defined(__AVX512F__)
+// sum_of each of 4 x 4 vectors: [q][j] = sum_of(sums[j][q]), the same additions in the same order, 16 at a time.
 STEP_INLINE __m512 quarters_of(const floats *v) {
     const __m512d a = (__m512d)v[0], b = (__m512d)v[1], c = (__m512d)v[2], d = (__m512d)v[3];
     const __m512 ab = (__m512)_mm512_shuffle_f64x2(a, b, 0x44) + (__m512)_mm512_shuffle_f64x2(a, b, 0xee);
@@ -251,13 +169,6 @@ STEP_INLINE floats sums_of(const floats (*sums)[4]) {
     const __m512d ab = (__m512d)(_mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b));
     const __m512d cd = (__m512d)(_mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d));
     return (floats)((__m512)_mm512_unpacklo_pd(ab, cd) + (__m512)_mm512_unpackhi_pd(ab, cd));
-}
-#else
-STEP_INLINE floats sums_of(const floats (*sums)[4]) {
-    float all[LANES];
-    for (int q = 0; q < 4; q++)
-        for (int j = 0; j < 4; j++) all[q * 4 + j] = sum_of(sums[j][q]);
-    return load_floats(all);
 }
 #endif
 
@@ -276,15 +187,16 @@ STEP_INLINE void scores_of(const AttendCall &c, const uint16_t *row, const float
             for (int j = 0; j < L; j++) sum[j][q] += k[j] * v;
         }
     }
+#if defined(__AVX512F__)
     if constexpr (Q == 4 && L == 4) {
         float all[LANES];
-        const floats v = sums_of(sum) * c.scaling;
-        memcpy(all, &v, sizeof v);
+        store_floats(all, sums_of(sum) * c.scaling);
         for (int q = 0; q < Q; q++) memcpy(scores + q * c.padded, all + q * 4, 4 * sizeof(float));
-    } else {
-        for (int q = 0; q < Q; q++)
-            for (int j = 0; j < L; j++) scores[q * c.padded + j] = sum_of(sum[j][q]) * c.scaling;
+        return;
     }
+#endif
+    for (int q = 0; q < Q; q++)
+        for (int j = 0; j < L; j++) scores[q * c.padded + j] = sum_of(sum[j][q]) * c.scaling;
 }
 
 template <int Q>
@@ -316,7 +228,7 @@ STEP_INLINE void weigh(const AttendCall &c, const uint16_t *value, const float *
 #pragma GCC unroll 4
     for (int q = 0; q < Q; q++)
 #pragma GCC unroll 4
-        for (int i = 0; i < V; i++) memcpy(sums + q * c.value_dim + i * LANES, &sum[q][i], sizeof sum[q][i]);
+        for (int i = 0; i < V; i++) store_floats(sums + q * c.value_dim + i * LANES, sum[q][i]);
 }
 
 // Values of one piece stay in the first-level cache while all their columns are added, while the next piece is fetched.
@@ -329,7 +241,8 @@ STEP_INLINE void weigh_all(const AttendCall &c, const uint16_t *value, const flo
         const int64_t last = first + VALUES_AT_ONCE < c.length ? first + VALUES_AT_ONCE : c.length;
         for (int64_t l = last; l < last + VALUES_AT_ONCE; l++) fetch_row(value + l * c.value_stride, c.value_dim);
         int64_t i = 0;
-        for (; i + 4 * LANES <= c.value_dim; i += 4 * LANES) weigh<Q, 4>(c, value + i, shares, first, last, sums + i);
+        for (; i + COLUMNS_AT_ONCE * LANES <= c.value_dim; i += COLUMNS_AT_ONCE * LANES)
+            weigh<Q, COLUMNS_AT_ONCE>(c, value + i, shares, first, last, sums + i);
         for (; i < c.value_dim; i += LANES) weigh<Q, 1>(c, value + i, shares, first, last, sums + i);
     }
 }
@@ -348,12 +261,14 @@ STEP_INLINE void attend_queries(const AttendCall &c, const uint16_t *key, const 
         floats greatest = load_floats(row), sum = {};
         for (int64_t l = LANES; l < c.padded; l += LANES) {
             const floats v = load_floats(row + l);
-            greatest = v > greatest ? v : greatest;
+            greatest = larger(v, greatest);
         }
-        for (int i = 0; i < LANES; i++) most = greatest[i] > most ? greatest[i] : most;
+        float lanes[LANES];
+        store_floats(lanes, greatest);
+        for (float lane : lanes) most = lane > most ? lane : most;
         for (int64_t l = 0; l < c.padded; l += LANES) {
             const floats share = exp_of(load_floats(row + l) - most);
-            memcpy(row + l, &share, sizeof share);
+            store_floats(row + l, share);
             sum += share;
         }
         whole[q] = sum_of(sum);
