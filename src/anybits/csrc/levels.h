@@ -68,14 +68,14 @@ inline uint8_t *expand_step(const typename L::Tables &tables, const __m512i *wor
 // Columns of a block at precision P.
 template <class L, int P>
 void expand_levels(const Header *h, int64_t tile, int64_t block, const typename L::Tables &from, uint8_t *out) {
-    const int64_t block_steps = h->block_columns / STEP, first = block * block_steps, ahead = L::TILES * h->tile_bytes;
+    const int64_t block_steps = h->block_columns / STEP, first = block * block_steps;
     const int64_t steps = h->steps - first < block_steps ? h->steps - first : block_steps;
     const typename L::Tables tables = from;  // in registers, whatever is stored
     const uint8_t *plane = plane_at(h, 0, tile) + first * 64;
     for (int64_t step = 0; step < steps; step++, plane += 64) {
         __m512i words[P];
         for (int b = 0; b < P; b++) {
-            fetch_ahead(plane + b * h->plane_stride + ahead);
+            fetch_ahead(plane + b * h->plane_stride + STREAM_AHEAD);
             words[b] = _mm512_loadu_si512(plane + b * h->plane_stride);
         }
         out = expand_step<L, P>(tables, words, out);
@@ -182,7 +182,7 @@ inline void transpose(__m512i *v) {
     }
 }
 
-// words[b][i]: word i of a span of `count` output rows from n on, in plane b. `ahead`: bytes to the rows that come next.
+// words[b][i]: word i of a span of `count` output rows from n on, in plane b. `ahead`: bytes to what comes next.
 template <int P>
 inline void span_words(const Header *h, int64_t n, int64_t count, int64_t span, int64_t ahead, __m512i (*words)[16]) {
     for (int b = 0; b < P; b++) {
@@ -218,7 +218,9 @@ void centroid_segment(const Call &c, const Segment &s, int64_t tile, int tiles, 
         L::template fill_centroids<P>(h, (tile + t) * 16, rows[t], &tables[t]);
     }
     for (int64_t span = 0; span < h->spans; span++) {
-        for (int t = 0; t < tiles; t++) span_words<P>(h, (tile + t) * 16, rows[t], span, 16 * L::TILES * h->tile_bytes, words[t]);
+        // The next span, or the first of the next rows: what is fetched sooner, many rows of x push out of the second-level cache.
+        const int64_t ahead = span + 1 < h->spans ? 64 : 16 * L::TILES * h->tile_bytes - span * 64;
+        for (int t = 0; t < tiles; t++) span_words<P>(h, (tile + t) * 16, rows[t], span, ahead, words[t]);
         for (int part = 0; part < SPAN / CENTROID_BLOCK; part++) {
             for (int t = 0; t < tiles; t++) {
                 const typename L::Tables here = tables[t];  // in registers, whatever is stored
