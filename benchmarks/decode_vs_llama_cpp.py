@@ -29,7 +29,7 @@ from common import LineProcess, about_run
 from anybits.evaluate import end_to_end
 from anybits.evaluate.kernels import read_bandwidth
 from anybits.integrations import random_model
-from anybits.kernels import cpu
+from anybits.kernels import cpu, native
 from anybits.precision import precision as scoped
 
 MIXES = {2: "q2_K", 4: "q4_K_M"}
@@ -175,7 +175,7 @@ def main() -> None:
             if isinstance(run, LlamaCpp):
                 run.close()
     made = lines(seconds, (few, many), arguments.context, arguments.scale_bits, bandwidth)
-    isa = {"isa": cpu.ISAS[cpu.isa_number()]}
+    isa = {"isa": native.ISAS[native.isa_number()]}
     for line in made:
         print(json.dumps(line), flush=True)
     if arguments.out:

@@ -31,7 +31,7 @@ import torch
 from common import LineProcess, about_run
 
 from anybits.evaluate.kernels import METHODS, SHAPES, copies_beyond_cache, random_weight, read_bandwidth, times_of
-from anybits.kernels import cpu
+from anybits.kernels import cpu, native
 
 RIVALS = {2: "q2_K", 3: "q3_K", 4: "q4_K"}
 IN_A_BLOCK = {(4096, 4096): 2, (1024, 4096): 2, (14336, 4096): 2, (4096, 14336): 1}
@@ -170,7 +170,7 @@ def main() -> None:
     rows = [int(m) for m in arguments.rows.split(",")]
     ggml = Ggml(arguments.build, torch.get_num_threads())
     facts = ggml("about")
-    name = cpu.ISAS[cpu.isa_number()]
+    name = native.ISAS[native.isa_number()]
     facts = {"isa": name, "ggml": facts["ggml"], "ggml_features": " ".join(facts["features"])} | about_run()
     lines = []
     with torch.inference_mode():

@@ -13,13 +13,13 @@ import anybits
 from anybits import AnybitsError
 from anybits.integrations import decode_step
 from anybits.integrations.decode_step.layers import _Layer
-from anybits.kernels import cpu, layer, step
+from anybits.kernels import cpu, layer, native, step
 from anybits.linear import PlaneLinear
 from anybits.precision import ModelPrecision
 from conftest import ARCHITECTURES, random_weight
 
-LIBRARY = cpu.library()
-ISAS = [name for i, name in enumerate(cpu.ISAS) if LIBRARY is not None and LIBRARY.isa_usable(i)]
+LIBRARY = native.library()
+ISAS = [name for i, name in enumerate(native.ISAS) if LIBRARY is not None and LIBRARY.isa_usable(i)]
 WIDER = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 272, "vocab_size": 64}
 KINDS = {
     "llama": ("llama", {}),

@@ -15,7 +15,7 @@ from anybits import bits
 from anybits.errors import AnybitsError
 from anybits.evaluate import kernels as benchmark
 from anybits.evaluate.kernels import bench_kernels, parse_shapes
-from anybits.kernels import cpu
+from anybits.kernels import cpu, many_rows, native
 from anybits.kernels.reference import ReferenceBackend
 from anybits.linear import PlaneLinear
 from anybits.precision import ModelPrecision
@@ -23,8 +23,8 @@ from anybits.weight import AffineLevels, CodebookLevels, PlaneWeight, group_coun
 from conftest import random_weight
 
 ROOT = Path(__file__).parent.parent
-LIBRARY = cpu.library()
-ISAS = [isa for i, isa in enumerate(cpu.ISAS) if LIBRARY is not None and LIBRARY.isa_usable(i)]
+LIBRARY = native.library()
+ISAS = [isa for i, isa in enumerate(native.ISAS) if LIBRARY is not None and LIBRARY.isa_usable(i)]
 PRECISIONS = tuple(range(1, 9))
 # Relative L2 error, per dtype of x: what the kernel adds plus what rounding y to that dtype adds.
 TOLERANCE = {torch.float32: 2.5e-4, torch.bfloat16: 4e-3, torch.float16: 8e-4}
@@ -116,8 +116,8 @@ def test_products(isa, case):
 @pytest.mark.parametrize("case", ["affine ragged", "affine 8 bits", "codebook ragged"])
 @pytest.mark.parametrize("isa", ISAS)
 def test_dense_path(isa, case, monkeypatch):
-    monkeypatch.setattr(cpu, "_dense_is_faster", lambda *_: True)
-    monkeypatch.setattr(cpu, "SLAB_BYTES", 100_000)  # several slabs
+    monkeypatch.setattr(many_rows, "dense_is_faster", lambda *_: True)
+    monkeypatch.setattr(many_rows, "SLAB_BYTES", 100_000)  # several slabs
     weight = CASES[case]()
     backend = cpu.CpuBackend(isa)
     packed = backend.prepare(weight)
@@ -164,7 +164,7 @@ def test_mixed_rows_equal_uniform_rows(isa, case):
 @pytest.mark.parametrize("case", ["affine ragged", "affine group 96", "affine 8 bits", "codebook ragged"])
 @pytest.mark.parametrize("isa", ISAS)
 def test_a_row_does_not_depend_on_its_batch(isa, case, monkeypatch):
-    monkeypatch.setattr(cpu, "_dense_is_faster", lambda *_: False)
+    monkeypatch.setattr(many_rows, "dense_is_faster", lambda *_: False)
     weight = CASES[case]()
     backend = cpu.CpuBackend(isa, activation_bits=16)
     packed = backend.prepare(weight)
@@ -262,7 +262,7 @@ def test_activations_in_8_bits(isa, case):
 @pytest.mark.parametrize("isa", ISAS)
 def test_activations_in_8_bits_are_those_of_their_row(isa, make, monkeypatch):
     """Ten equal runs on any thread count; up to seven rows do not touch one another, nor does an infinite one."""
-    monkeypatch.setattr(cpu, "_dense_is_faster", lambda *_: False)
+    monkeypatch.setattr(many_rows, "dense_is_faster", lambda *_: False)
     weight, backend = make(200, 640), cpu.CpuBackend(isa, activation_bits=8)
     packed = backend.prepare(weight)
     x = torch.randn(40, 640).bfloat16()
@@ -281,12 +281,13 @@ def test_activations_in_8_bits_are_those_of_their_row(isa, make, monkeypatch):
 
 
 @pytest.mark.skipif(
-    LIBRARY is None or not LIBRARY.fuses_bf16(cpu.ISAS.index("avx512")), reason="this machine has no products of bf16"
+    LIBRARY is None or not LIBRARY.fuses_bf16(native.ISAS.index("avx512")),
+    reason="this machine has no products of bf16",
 )
 @pytest.mark.parametrize("case", CASES)
 def test_many_rows_of_bf16(case, monkeypatch):
     """What a GEMM with bf16 weights gives, but no GEMM runs: precisions alone and together, all rows in one pass."""
-    monkeypatch.setattr(cpu, "_dense", lambda *_: pytest.fail("a GEMM ran"))
+    monkeypatch.setattr(many_rows, "dense_product", lambda *_: pytest.fail("a GEMM ran"))
     weight, backend = CASES[case](), cpu.CpuBackend("avx512", activation_bits=16)
     packed = backend.prepare(weight)
     for p in (1, 2, 3, 4):
@@ -309,7 +310,7 @@ def test_many_rows_of_bf16(case, monkeypatch):
 @pytest.mark.parametrize("isa", [isa for isa in ISAS if isa in LARGEST_EQUAL_BATCH])
 def test_many_rows_of_levels_in_words(isa, case, bits, monkeypatch):
     """No GEMM runs; from where levels are made on, a row's result depends on no other row, infinite ones included."""
-    monkeypatch.setattr(cpu, "_dense", lambda *_: pytest.fail("a GEMM ran"))
+    monkeypatch.setattr(many_rows, "dense_product", lambda *_: pytest.fail("a GEMM ran"))
     weight, backend = CASES[case](), cpu.CpuBackend(isa, activation_bits=bits)
     packed = backend.prepare(weight)
     for p in PRECISIONS:
@@ -335,7 +336,7 @@ def test_many_rows_of_levels_in_words(isa, case, bits, monkeypatch):
 @pytest.mark.skipif("avx512" not in ISAS, reason="this machine has no products of bytes")
 @pytest.mark.parametrize("make", [affine, codebook])
 def test_8_bits_never_become_a_gemm(make, monkeypatch):
-    monkeypatch.setattr(cpu, "_dense", lambda *_: pytest.fail("a GEMM ran"))
+    monkeypatch.setattr(many_rows, "dense_product", lambda *_: pytest.fail("a GEMM ran"))
     weight, x = make(40, 256), torch.randn(300, 256).bfloat16()
     backend = cpu.CpuBackend("avx512", activation_bits=8)
     assert error(backend.matmul(x, backend.prepare(weight), 4), x, weight, 4) < TOLERANCE_OF_8_BITS
@@ -429,7 +430,7 @@ def test_forced_instruction_set(monkeypatch):
     weight = codebook(20, 64)
     for isa in ISAS:
         monkeypatch.setenv("ANYBITS_CPU_ISA", isa)
-        assert cpu._header(cpu.CpuBackend().prepare(weight).blob).isa == cpu.ISAS.index(isa)
+        assert native.header_of(cpu.CpuBackend().prepare(weight).blob).isa == native.ISAS.index(isa)
     monkeypatch.setenv("ANYBITS_CPU_ISA", "mmx")
     with pytest.raises(AnybitsError, match="instruction set 'mmx' does not run here: choose portable"):
         cpu.CpuBackend().prepare(weight)
@@ -457,7 +458,7 @@ def test_gradients_reach_the_activations():
         for wanted in (3, precision):
             mine = torch.autograd.grad(backend.matmul(x, packed, wanted).sum(), x)[0]
             reference = torch.autograd.grad(ReferenceBackend().matmul(x, weight, wanted).sum(), x)[0]
-            torch.testing.assert_close(mine, reference, rtol=1e-3, atol=1e-3)
+            assert (mine - reference).norm() < 2e-4 * reference.norm()  # the rounding of a codebook's centroids
 
 
 def test_linear_layer_prefers_the_kernels():

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from anybits.errors import AnybitsError
-from anybits.kernels import cpu, step
+from anybits.kernels import cpu, native, step
 from conftest import random_weight
 
-LIBRARY = cpu.library()
-ISAS = [name for i, name in enumerate(cpu.ISAS) if LIBRARY is not None and LIBRARY.isa_usable(i)]
+LIBRARY = native.library()
+ISAS = [name for i, name in enumerate(native.ISAS) if LIBRARY is not None and LIBRARY.isa_usable(i)]
 ONE_ROUNDING, TWO_ROUNDINGS = 2**-8, 2**-7  # relative, with float32 sums below
 
 

@@ -17,7 +17,7 @@ from anybits import bits
 from anybits.config import parse_precisions
 from anybits.errors import AnybitsError
 from anybits.kernels import backend as kernels
-from anybits.kernels import cpu
+from anybits.kernels import cpu, native
 from anybits.quantize.steps import in_steps
 from anybits.weight import AffineLevels, CodebookLevels, PlaneWeight, group_count
 
@@ -143,7 +143,7 @@ def random_weight(
 
 def read_bandwidth(memory: torch.Tensor) -> float:
     """Return bytes a second of reading `memory`, uint8, with torch's number of threads."""
-    library = cpu.library()
+    library = native.library()
     if library is None:
         start = time.perf_counter()
         memory.view(torch.int64).sum()

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from anybits.errors import AnybitsError
-from anybits.kernels import cpu, step
+from anybits.kernels import cpu, native, step
 
 MAX_ROWS = 11
-"""Sequences that a call takes: with one more, products could become dense (cpu.LEAST_DENSE_ROWS)."""
+"""Sequences that a call takes: with one more, products could become dense (many_rows.LEAST_DENSE_ROWS)."""
 
 _LAYER = struct.Struct("QqqQ" * 7 + "4Q5d6q")
 """ab_layer of csrc/anybits.h."""
@@ -84,7 +84,7 @@ def run(
     y = torch.empty_like(x)
     cos, sin = angles
     turn = cos.shape[2] if cos.shape[0] > 1 else 0
-    status = cpu.loaded().layer_step(
+    status = native.loaded().layer_step(
         layer, step.isa_number(), torch.get_num_threads(), x.data_ptr(), y.data_ptr(), x.shape[0], length,
         cos.data_ptr(), sin.data_ptr(), turn, *address,
     )  # fmt: skip

@@ -13,7 +13,7 @@ from functools import cache
 import torch
 
 from anybits.errors import AnybitsError
-from anybits.kernels import cpu
+from anybits.kernels import cpu, many_rows, native
 
 MAX_DENSE_ROWS = 8
 """Rows of x up to which `dense` is used: with more, torch's product is faster."""
@@ -34,12 +34,12 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 @cache
 def isa_number() -> int | None:
     """Return the number of the instruction set (ANYBITS_CPU_ISA or the best); None when the kernels were not built."""
-    return None if cpu.library() is None else cpu.isa_number()
+    return None if native.library() is None else native.isa_number()
 
 
 def few_rows(x: torch.Tensor, in_features: int) -> bool:
     """Return whether `products` takes x `[..., in_features]`: few enough rows for the plane kernels in any case."""
-    return 0 < x.numel() < cpu.LEAST_DENSE_ROWS * in_features and x.shape[-1] == in_features and usable(x)
+    return 0 < x.numel() < many_rows.LEAST_DENSE_ROWS * in_features and x.shape[-1] == in_features and usable(x)
 
 
 def products(
@@ -59,13 +59,13 @@ def products(
         blob = weight.blob
         arguments += (blob.data_ptr(), blob.numel(), precision, y.data_ptr())
     bits, threads = backend.activation_bits(), torch.get_num_threads()
-    _check(cpu.loaded().products(x.data_ptr(), _BF16, x.numel() // k, k, k, None, bits, threads, *arguments))
+    _check(native.loaded().products(x.data_ptr(), _BF16, x.numel() // k, k, k, None, bits, threads, *arguments))
     return made
 
 
 def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Return whether two contiguous tensors of one size hold the same bytes."""
-    return cpu.loaded().same_bytes(a.data_ptr(), b.data_ptr(), a.numel() * a.element_size())
+    return native.loaded().same_bytes(a.data_ptr(), b.data_ptr(), a.numel() * a.element_size())
 
 
 def dense(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -78,7 +78,7 @@ def dense(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = Non
     y = torch.empty((*x.shape[:-1], n), dtype=torch.bfloat16)
     bias_at = None if bias is None else bias.data_ptr()
     _check(
-        cpu.loaded().dense(
+        native.loaded().dense(
             isa_number(), weight.data_ptr(), bias_at, n, k, rows.data_ptr(), rows.shape[0], k, y.data_ptr(),
             torch.get_num_threads(),
         )
@@ -92,7 +92,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     y = torch.empty_like(x)
     k = weight.shape[0]
     _check(
-        cpu.loaded().rms_norm(
+        native.loaded().rms_norm(
             isa_number(), x.data_ptr(), weight.data_ptr(), x.numel() // k, k, y.data_ptr(), torch.get_num_threads(), eps
         )
     )  # fmt: skip
@@ -104,7 +104,7 @@ def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     gate, up = gate.contiguous(), up.contiguous()
     y = torch.empty_like(gate)
     _check(
-        cpu.loaded().silu_mul(
+        native.loaded().silu_mul(
             isa_number(), gate.data_ptr(), up.data_ptr(), gate.numel(), y.data_ptr(), torch.get_num_threads()
         )
     )
@@ -133,7 +133,7 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling:
     kv_heads, length = key.shape[1:3]
     out = torch.empty((batch, 1, heads, value.shape[3]), dtype=torch.bfloat16)
     _check(
-        cpu.loaded().attend(
+        native.loaded().attend(
             isa_number(), torch.get_num_threads(),
             query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(),
             batch, heads, kv_heads, length, dim, value.shape[3],
@@ -161,7 +161,7 @@ def attend_new(
     heads, value_dim = query.shape[2] // dim, values.shape[3]
     out = torch.empty((batch, 1, heads * value_dim), dtype=torch.bfloat16)
     _check(
-        cpu.loaded().attend(
+        native.loaded().attend(
             isa_number(), torch.get_num_threads(),
             query.data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr(),
             batch, heads, kv_heads, length, dim, value_dim,
