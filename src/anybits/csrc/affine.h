@@ -14,6 +14,22 @@ enum Entries { ONE_BYTE, TWO_BYTES, WORDS };
 
 constexpr int table_of(Entries entries) { return entries == ONE_BYTE ? SHORT_TABLE : WIDE_TABLE; }
 
+// Calls run with the dtype of a weight's levels as a constant: run(dtype) finds it as dtype().
+template <int DTYPE>
+struct LevelDtype {
+    constexpr int operator()() const { return DTYPE; }
+};
+
+template <class F>
+inline void with_level_dtype(const Header *h, const F &run) {
+    switch (h->shape.level_dtype) {
+        case AB_F16: return run(LevelDtype<AB_F16>());
+        case AB_BF16: return run(LevelDtype<AB_BF16>());
+        case AB_I8: return run(LevelDtype<AB_I8>());
+        default: run(LevelDtype<AB_F32>());
+    }
+}
+
 constexpr float WIDE_LIMIT = 255.0f * 127.0f, SHORT_LIMIT = 127.0f;
 
 template <class I>
@@ -395,12 +411,7 @@ void affine_multiply(const Call &c, int64_t first, int64_t last, float *scratch)
 
 template <class I, Entries E>
 void affine_by_dtype(const Call &c, int64_t first, int64_t last, float *scratch) {
-    switch (c.weight->shape.level_dtype) {
-        case AB_F16: return affine_multiply<I, E, AB_F16>(c, first, last, scratch);
-        case AB_BF16: return affine_multiply<I, E, AB_BF16>(c, first, last, scratch);
-        case AB_I8: return affine_multiply<I, E, AB_I8>(c, first, last, scratch);
-        default: return affine_multiply<I, E, AB_F32>(c, first, last, scratch);
-    }
+    with_level_dtype(c.weight, [&](auto dtype) { affine_multiply<I, E, dtype()>(c, first, last, scratch); });
 }
 
 }  // namespace

@@ -13,14 +13,7 @@ struct Avx2 : ShortIntegers {
     using F = __m256;
     static constexpr int TILE = 32, LANES = 8, BYTES = 32;
     static constexpr int LOOKUP_ROWS = 2;       // rows of x that go through an inner loop together
-    static constexpr int OUTPUTS_TOGETHER = 1;  // codebook: output rows that share what is read of x
-    static constexpr int ROWS_TOGETHER = 1;     // and rows of x whose sums are interleaved
-    static constexpr int PARTS_TOGETHER = 1;    // and parts whose centroids stay in registers
     static constexpr int CODES_ROWS = 5;
-    static constexpr bool OWN_DEQUANTIZE = false, OWN_TOTALS = false, OWN_DOTS = false;
-    static constexpr bool ROW_WORDS = false;
-    static constexpr int TABLE_FLIP = 0x80;  // tables of unsigned bytes: they are summed by plain additions
-    static constexpr bool WORD_ENTRIES = false;
 
     static F zero() { return _mm256_setzero_ps(); }
     static F set1(float v) { return _mm256_set1_ps(v); }

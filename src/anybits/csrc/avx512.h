@@ -25,9 +25,7 @@ struct Avx512 : ShortIntegers {
     using F = __m512;
     static constexpr int TILE = 16, LANES = 16, BYTES = 64;
     static constexpr int LOOKUP_ROWS = 4;       // rows of x that go through an inner loop together
-    static constexpr int OUTPUTS_TOGETHER = 2;  // codebook: output rows that share what is read of x
-    static constexpr int ROWS_TOGETHER = 2;     // and rows of x whose sums are interleaved
-    static constexpr int PARTS_TOGETHER = 1;    // and parts whose centroids stay in registers
+    static constexpr int OUTPUTS_TOGETHER = 2, ROWS_TOGETHER = 2;
     static constexpr bool OWN_DEQUANTIZE = true, OWN_TOTALS = true, OWN_DOTS = true;
     static constexpr bool ROW_WORDS = true;
     static constexpr int TABLE_FLIP = 0;

@@ -7,7 +7,6 @@
 namespace {
 
 constexpr int BYTE_BIAS = 128;
-constexpr int BYTE_PLANES = 6;  // more planes say more than 8 bits of a level keep
 
 // ---- codebooks: the kernels of codebook.h with centroids and activations of 8 bits
 
@@ -21,13 +20,8 @@ struct Repeated {
 };
 constexpr Repeated REPEATED;
 
-struct Avx512Bytes : Avx512 {
-    using X = int8_t;
-    static constexpr int64_t PART = 256;
+struct Avx512Bytes : ByteIntegers<Avx512> {
     static constexpr int PARTS_TOGETHER = 2, ROWS_TOGETHER = 1;
-    static constexpr float X_LIMIT = 127.0f;
-    static constexpr int16_t SHRINK = 508;  // 13-bit centroids become 8-bit ones: times SHRINK / 32768
-    static constexpr float CENTROID = 32768.0f / SHRINK;
     static constexpr int BIAS = BYTE_BIAS;
 
     static void reorder(const int16_t *q, int8_t *out) {
@@ -196,7 +190,7 @@ struct ByteLevels {
             const int16_t *centroids = centroids_at(h, P, n + r);
             for (int group = 0; group < (P <= 2 ? 1 : 1 << (P - 2)); group++)
                 for (int entry = 0; entry < 4; entry++) {
-                    const int small = (centroids[code_of<P>(group, entry)] * Avx512Bytes::SHRINK + (1 << 14)) >> 15;
+                    const int small = Avx512Bytes::shrunk(centroids[code_of<P>(group, entry)]);
                     bytes[group][4 * r + entry] = static_cast<uint8_t>(small + BYTE_BIAS);
                 }
             units[r] = row_scales(h, P)[n + r] * Avx512Bytes::CENTROID;

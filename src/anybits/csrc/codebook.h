@@ -7,7 +7,7 @@
 
 namespace {
 
-// How an instruction set keeps activations and centroids here, unless it says otherwise.
+// How an instruction set keeps activations and centroids here and goes about its work, unless it says otherwise.
 struct ShortIntegers {
     using X = int16_t;                          // an activation
     static constexpr int64_t PART = 256;        // columns that share an activation scale and one integer sum
@@ -15,6 +15,28 @@ struct ShortIntegers {
     static constexpr float CENTROID = 1.0f;     // what a centroid of a table stands for, in those of the blob
     static constexpr int BIAS = 0;              // what is added to each
     static constexpr int CODES_ROWS = 16;       // rows of x from which storing codes costs less than looking them up for every four
+    static constexpr int OUTPUTS_TOGETHER = 1;  // output rows that share what is read of x
+    static constexpr int ROWS_TOGETHER = 1;     // and rows of x whose sums are interleaved
+    static constexpr int PARTS_TOGETHER = 1;    // and parts whose centroids stay in registers
+    static constexpr bool OWN_DEQUANTIZE = false, OWN_TOTALS = false, OWN_DOTS = false;
+    static constexpr bool ROW_WORDS = false, WORD_ENTRIES = false;  // affine: how words and entries of tables lie
+    static constexpr int TABLE_FLIP = 0x80;     // affine: tables of unsigned bytes, which are summed by plain additions
+};
+
+constexpr int BYTE_PLANES = 6;  // more planes say more than 8 bits of a level keep
+
+// The same with 8 bits of each.
+template <class I>
+struct ByteIntegers : I {
+    using X = int8_t;
+    static constexpr float X_LIMIT = 127.0f;
+    static constexpr int16_t SHRINK = 508;  // 13-bit centroids become 8-bit ones: times SHRINK / 32768
+    static constexpr float CENTROID = 32768.0f / SHRINK;
+
+    static int shrunk(int16_t centroid) { return (centroid * SHRINK + (1 << 14)) >> 15; }
+    static void reorder(const int16_t *q, int8_t *out) {
+        for (int i = 0; i < 64; i++) out[i] = static_cast<int8_t>(q[i]);
+    }
 };
 
 // Activations lie [span][row of x][column], so that those which are read together are neighbours.
@@ -109,6 +131,18 @@ inline void merge_codes(const typename I::V *planes, typename I::V *codes) {
     }
 }
 
+// The codes of a piece of a span, whose planes begin at `plane`.
+template <class I, int P>
+inline __attribute__((always_inline)) void load_codes(const Header *h, const uint8_t *plane, int piece, int64_t ahead, typename I::V *codes) {
+    typename I::V planes[P];
+    for (int b = 0; b < P; b++) {
+        const uint8_t *at = plane + b * h->plane_stride + piece * I::BYTES;
+        if (piece == 0) fetch_ahead(at + ahead);
+        planes[b] = I::load_bytes(at);
+    }
+    merge_codes<I, P>(planes, codes);
+}
+
 // Products of M rows of x and R output rows; one at a time where an instruction set has nothing better.
 template <class I, int M, int R>
 inline __attribute__((always_inline)) void dots_of(const typename I::Words *w, const typename I::X *const *x, typename I::F (*out)[R]) {
@@ -150,13 +184,8 @@ void codebook_row(const Call &c, const int *rows, int64_t n, int64_t first, int6
     }
     for (int64_t span = first; span < last; span++) {
         for (int piece = 0; piece < PIECES; piece++) {
-            V planes[P], codes[8];
-            for (int b = 0; b < P; b++) {
-                const uint8_t *at = plane + b * h->plane_stride + span * 64 + piece * I::BYTES;
-                if (piece == 0) fetch_ahead(at + ahead);
-                planes[b] = I::load_bytes(at);
-            }
-            merge_codes<I, P>(planes, codes);
+            V codes[8];
+            load_codes<I, P>(h, plane + span * 64, piece, ahead, codes);
             for (int part = 0; part < PARTS; part++) {
                 typename I::Words w;  // centroids of the part's columns
                 table.lookup(codes + VECTORS * part, w);
@@ -195,13 +224,8 @@ void codebook_mixed_row(const Call &c, const int *rows, const int *precisions, i
     }
     for (int64_t span = first; span < last; span++) {
         for (int piece = 0; piece < PIECES; piece++) {
-            V planes[P], codes[8];
-            for (int b = 0; b < P; b++) {
-                const uint8_t *at = plane + b * h->plane_stride + span * 64 + piece * I::BYTES;
-                if (piece == 0) fetch_ahead(at + ahead);
-                planes[b] = I::load_bytes(at);
-            }
-            merge_codes<I, P>(planes, codes);
+            V codes[8];
+            load_codes<I, P>(h, plane + span * 64, piece, ahead, codes);
             for (int part = 0; part < PARTS; part++) {
                 const int64_t at = span * c.rows * SPAN + part * I::PART + piece * I::BYTES, scale = span * PARTS + part;
                 typename I::Words w;

@@ -144,12 +144,9 @@ void dequantize_rows(const Header *h, int precision, int64_t first, int64_t coun
     for (int64_t r = 0; r < count; r += I::TILE) {
         const int64_t tile = (first + r) / I::TILE, rows = count - r < I::TILE ? count - r : I::TILE;
         const int64_t column = first + r - planned_first;
-        switch (h->shape.level_dtype) {
-            case AB_F16: dequantize_affine_tile<I, AB_F16>(h, precision, tile, rows, dtype, out, column, planned); break;
-            case AB_BF16: dequantize_affine_tile<I, AB_BF16>(h, precision, tile, rows, dtype, out, column, planned); break;
-            case AB_I8: dequantize_affine_tile<I, AB_I8>(h, precision, tile, rows, dtype, out, column, planned); break;
-            default: dequantize_affine_tile<I, AB_F32>(h, precision, tile, rows, dtype, out, column, planned);
-        }
+        with_level_dtype(h, [&](auto dtype_of_levels) {
+            dequantize_affine_tile<I, dtype_of_levels()>(h, precision, tile, rows, dtype, out, column, planned);
+        });
     }
 }
 

@@ -89,25 +89,17 @@ const Kernels *built(int isa) {
     }
 }
 
-// Memory of one calling thread, kept between calls. `key` says what the tables in it were made from.
-struct Workspace {
-    char *memory = nullptr;
-    size_t size = 0;
+// `key` says what the tables in it were made from.
+struct Workspace : Memory {
     struct Key {
         int64_t x_bytes, k, block, rows;
         int32_t isa, dtype, levels, form;
         uint16_t order[AB_MAX_ROWS], groups[AB_MAX_ROWS];  // of Batch: positions of rows, and their groups
     } key = {};
 
-    ~Workspace() { free(memory); }
-
     bool reserve(size_t bytes) {
-        if (bytes <= size) return true;
-        free(memory);
-        key = {};
-        memory = static_cast<char *>(aligned_alloc(4096, (bytes + 4095) / 4096 * 4096));
-        size = memory ? bytes : 0;
-        return memory != nullptr;
+        if (bytes > size) key = {};
+        return Memory::reserve(bytes);
     }
 };
 
@@ -162,16 +154,16 @@ int run(Product &p, int threads) {
     const int64_t x_bytes = row_bytes * c.rows, kept_bytes = x_bytes <= KEEP_X_BYTES ? x_bytes : 0;
     const size_t kept = lines(kept_bytes);
     if (!workspace.reserve(kept + p.activation_bytes() + p.scratch * static_cast<size_t>(threads))) return AB_NO_MEMORY;
-    p.place(workspace.memory + kept);
-    char *const scratch = workspace.memory + kept + p.activation_bytes();
+    p.place(workspace.at + kept);
+    char *const scratch = workspace.at + kept + p.activation_bytes();
     const Workspace::Key key = key_of(c, x_bytes);
-    const bool known = kept_bytes && !memcmp(&key, &workspace.key, sizeof key) && same_x(c, row_bytes, workspace.memory);
+    const bool known = kept_bytes && !memcmp(&key, &workspace.key, sizeof key) && same_x(c, row_bytes, workspace.at);
     if (!known) {
         workspace.key = {};
         const bool worth = static_cast<int64_t>(c.rows) * c.weight->shape.in_features >= 16384;
         parallel(worth ? p.fillers(threads) : 1, [&](int part, int parts) { p.fill(part, parts, scratch + part * p.scratch); });
         if (kept_bytes) {
-            keep_x(c, row_bytes, workspace.memory);
+            keep_x(c, row_bytes, workspace.at);
             workspace.key = key;
         }
     }

@@ -8,13 +8,6 @@ struct Portable : ShortIntegers {
     struct F { float v[4]; };
     static constexpr int TILE = 16, LANES = 4, BYTES = 8;
     static constexpr int LOOKUP_ROWS = 1;       // rows of x that go through an inner loop together
-    static constexpr int OUTPUTS_TOGETHER = 1;  // codebook: output rows that share what is read of x
-    static constexpr int ROWS_TOGETHER = 1;     // and rows of x whose sums are interleaved
-    static constexpr int PARTS_TOGETHER = 1;    // and parts whose centroids stay in registers
-    static constexpr bool OWN_DEQUANTIZE = false, OWN_TOTALS = false, OWN_DOTS = false;
-    static constexpr bool ROW_WORDS = false;
-    static constexpr int TABLE_FLIP = 0x80;
-    static constexpr bool WORD_ENTRIES = false;
 
     static F zero() { return set1(0); }
     static F set1(float v) { return {{v, v, v, v}}; }

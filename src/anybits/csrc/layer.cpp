@@ -20,21 +20,6 @@ constexpr int MATRICES = 7;
 constexpr int64_t PIECE_COLUMNS = 32768;  // tiles that a thread takes at once have at least this many columns together
 enum { QUERY, KEY, VALUE, OUTPUT, GATE, UP, DOWN };
 
-// Memory of one calling thread, kept between calls.
-struct Memory {
-    char *at = nullptr;
-    size_t size = 0;
-    ~Memory() { free(at); }
-
-    bool reserve(size_t bytes) {
-        if (bytes <= size) return true;
-        free(at);
-        at = static_cast<char *>(aligned_alloc(4096, (bytes + 4095) / 4096 * 4096));
-        size = at ? bytes : 0;
-        return at != nullptr;
-    }
-};
-
 thread_local Memory memory;
 
 const uint16_t *halves(const void *p) { return static_cast<const uint16_t *>(p); }

@@ -82,8 +82,7 @@ void expand_levels(const Header *h, int64_t tile, int64_t block, const typename 
     }
 }
 
-// `count`: lanes of columns in the block.
-// Rows of x from M on down: the templates stop at what L takes together.
+// `taken` rows of x, at most M, and `count` lanes of columns of a block.
 template <class L, int M, int T>
 inline void level_products(const Call &c, int taken, int64_t block, int from, int64_t count, const uint8_t *levels,
                            const typename L::Tables *tables, float *y) {
@@ -100,6 +99,17 @@ void level_rows(const Call &c, const Segment &s, int tiles, int64_t block, int64
         const int left = s.count - done, turns = (left + L::ROWS - 1) / L::ROWS;
         taken = (left + turns - 1) / turns;
         level_products<L, L::ROWS, T>(c, taken, block, s.first + done, count, levels, tables, y);
+    }
+}
+
+// Calls add(first tile, tiles), which adds to the results in `scratch`, for a few tiles at a time, and stores these.
+template <class L, class F>
+void level_tiles(const Call &c, int64_t first, int64_t last, float *scratch, const F &add) {
+    for (int64_t tile = first; tile < last; tile += L::TILES) {
+        const int tiles = last - tile < L::TILES ? static_cast<int>(last - tile) : L::TILES;
+        memset(scratch, 0, static_cast<size_t>(tiles * c.rows * 16) * sizeof(float));
+        add(tile, tiles);
+        store_tiles<Avx512>(c, tile, tiles, scratch);
     }
 }
 
@@ -126,26 +136,18 @@ void level_multiply_as(const Call &c, int64_t first, int64_t last, float *scratc
     if constexpr (L::PLANES > 4) segment[5] = level_segment<L, 5, DTYPE>, segment[6] = level_segment<L, 6, DTYPE>;
     static_assert(L::PLANES == 4 || L::PLANES == 6, "a precision is missing above");
     const int64_t blocks = c.weight->blocks;
-    for (int64_t tile = first; tile < last; tile += L::TILES) {
-        const int tiles = last - tile < L::TILES ? static_cast<int>(last - tile) : L::TILES;
-        memset(scratch, 0, static_cast<size_t>(tiles * c.rows * 16) * sizeof(float));
+    level_tiles<L>(c, first, last, scratch, [&](int64_t tile, int tiles) {
         for (int64_t block = 0; block < blocks; block += LEVEL_BLOCKS_AT_ONCE) {
             const int64_t end = block + LEVEL_BLOCKS_AT_ONCE < blocks ? block + LEVEL_BLOCKS_AT_ONCE : blocks;
             for (int i = 0; i < c.segment_count; i++)
                 segment[c.segments[i].precision](c, c.segments[i], tile, tiles, block, end, scratch);
         }
-        store_tiles<Avx512>(c, tile, tiles, scratch);
-    }
+    });
 }
 
 template <class L>
 void level_multiply(const Call &c, int64_t first, int64_t last, float *scratch) {
-    switch (c.weight->shape.level_dtype) {
-        case AB_F16: return level_multiply_as<L, AB_F16>(c, first, last, scratch);
-        case AB_BF16: return level_multiply_as<L, AB_BF16>(c, first, last, scratch);
-        case AB_I8: return level_multiply_as<L, AB_I8>(c, first, last, scratch);
-        default: return level_multiply_as<L, AB_F32>(c, first, last, scratch);
-    }
+    with_level_dtype(c.weight, [&](auto dtype) { level_multiply_as<L, dtype()>(c, first, last, scratch); });
 }
 
 // ---- codebooks: a span's words, turned to lie as those of affine levels do, and one table for each tile
@@ -241,12 +243,9 @@ template <class L>
 void centroid_multiply(const Call &c, int64_t first, int64_t last, float *scratch) {
     void (*const segment[CENTROID_PLANES + 1])(const Call &, const Segment &, int64_t, int, float *) = {
         nullptr, centroid_segment<L, 1>, centroid_segment<L, 2>, centroid_segment<L, 3>, centroid_segment<L, 4>};
-    for (int64_t tile = first; tile < last; tile += L::TILES) {
-        const int tiles = last - tile < L::TILES ? static_cast<int>(last - tile) : L::TILES;
-        memset(scratch, 0, static_cast<size_t>(tiles * c.rows * 16) * sizeof(float));
+    level_tiles<L>(c, first, last, scratch, [&](int64_t tile, int tiles) {
         for (int i = 0; i < c.segment_count; i++) segment[c.segments[i].precision](c, c.segments[i], tile, tiles, scratch);
-        store_tiles<Avx512>(c, tile, tiles, scratch);
-    }
+    });
 }
 
 // ---- both

@@ -6,17 +6,8 @@
 
 namespace {
 
-constexpr int BYTE_PLANES = 6;  // more planes say more than 8 bits of a centroid keep
-
-struct NeonBytes : Neon {
-    using X = int8_t;
-    static constexpr float X_LIMIT = 127.0f;
-    static constexpr int16_t SHRINK = 508;  // 13-bit centroids become 8-bit ones: times SHRINK / 32768
-    static constexpr float CENTROID = 32768.0f / SHRINK;
-
-    static void reorder(const int16_t *q, int8_t *out) {
-        for (int i = 0; i < 64; i++) out[i] = static_cast<int8_t>(q[i]);
-    }
+struct NeonBytes : ByteIntegers<Neon> {
+    static constexpr int MOST_ROWS = AB_MAX_ROWS;
 
     struct Words { V w[4]; };
 
@@ -27,7 +18,7 @@ struct NeonBytes : Neon {
         explicit Table(const int16_t *c) {
             uint8_t bytes[16 * COUNT];
             for (int i = 0; i < 16 * COUNT; i++)  // a table shorter than 16 entries is repeated
-                bytes[i] = static_cast<uint8_t>((c[i & ((1 << P) - 1)] * SHRINK + 0x4000) >> 15);
+                bytes[i] = static_cast<uint8_t>(shrunk(c[i & ((1 << P) - 1)]));
             for (int i = 0; i < COUNT; i++) at[i] = vld1q_u8(bytes + 16 * i);
         }
         void lookup(const V *codes, Words &out) const {
@@ -50,26 +41,6 @@ struct NeonBytes : Neon {
     }
 };
 
-// As on AVX2, by counts of instructions: no Arm machine was at hand.
-constexpr int WORDS_ROWS[2][AB_MAX_PLANES + 1] = {{0, 513, 16, 16, 16, 16, 16, 16, 16}, {0, 513, 513, 48, 20, 12, 8, 8, 8}};
-
-struct NeonInstance {
-    using Exact = Instance<Neon>;
-    static Form form(const Call &c) {
-        if (c.weight->shape.levels == AB_AFFINE) return words_pay(c, WORDS_ROWS[c.eight_bits]) ? WORD_LEVELS : Exact::form(c);
-        return c.eight_bits && c.segments[0].precision <= BYTE_PLANES ? BYTES : EXACT;
-    }
-    static void activations(const Call &c, int row, float *floats) {
-        if (c.form == WORD_LEVELS) return word_activations<Neon>(c, row, floats);
-        if (c.form == BYTES) return codebook_activations<NeonBytes>(c, row, floats);
-        Exact::activations(c, row, floats);
-    }
-    static void multiply(const Call &c, int64_t first, int64_t last, float *scratch) {
-        if (c.form == WORD_LEVELS) return word_multiply<Neon>(c, first, last, scratch);
-        if (c.form == BYTES) return codebook_multiply<NeonBytes>(c, first, last, scratch);
-        Exact::multiply(c, first, last, scratch);
-    }
-    static constexpr Kernels kernels = {Neon::TILE, Neon::ROW_WORDS, form, activations, multiply, dequantize_rows<Neon>, nullptr};
-};
+using NeonInstance = WordInstance<Neon, NeonBytes>;
 
 }  // namespace

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <stddef.h>
+#include <stdlib.h>
 
 #include "call.h"
 
@@ -9,6 +10,22 @@ namespace {
 
 // Bytes, rounded up to whole cache lines.
 inline size_t lines(int64_t bytes) { return static_cast<size_t>(ceil_div(bytes, 64) * 64); }
+
+// Memory of one calling thread, kept between calls.
+struct Memory {
+    char *at = nullptr;
+    size_t size = 0;
+    ~Memory() { free(at); }
+
+    // What was in it is lost where it grows.
+    bool reserve(size_t bytes) {
+        if (bytes <= size) return true;
+        free(at);
+        at = static_cast<char *>(aligned_alloc(4096, (bytes + 4095) / 4096 * 4096));
+        size = at ? bytes : 0;
+        return at != nullptr;
+    }
+};
 
 }  // namespace
 

@@ -6,7 +6,7 @@
 // for column 8 * B + i. The up to 16 levels of four planes and a row are a table of one register; planes above have another.
 #pragma once
 
-#include "codebook.h"
+#include "dequantize.h"
 
 namespace {
 
@@ -230,12 +230,33 @@ void word_multiply_as(const Call &c, int64_t first, int64_t last, float *scratch
 
 template <class I>
 void word_multiply(const Call &c, int64_t first, int64_t last, float *scratch) {
-    switch (c.weight->shape.level_dtype) {
-        case AB_F16: return word_multiply_as<I, AB_F16>(c, first, last, scratch);
-        case AB_BF16: return word_multiply_as<I, AB_BF16>(c, first, last, scratch);
-        case AB_I8: return word_multiply_as<I, AB_I8>(c, first, last, scratch);
-        default: return word_multiply_as<I, AB_F32>(c, first, last, scratch);
-    }
+    with_level_dtype(c.weight, [&](auto dtype) { word_multiply_as<I, dtype()>(c, first, last, scratch); });
 }
+
+// Rows of x from which levels cost less than tables of sums, by the highest precision, with activations in 16 and in 8 bits; 513 for
+// never. In 16 bits they would from five on: up to 15 a row's result does not depend on its batch. Measured on AVX2; NEON's are the
+// same by counts of instructions, no Arm machine was at hand.
+constexpr int WORDS_ROWS[2][AB_MAX_PLANES + 1] = {{0, 513, 16, 16, 16, 16, 16, 16, 16}, {0, 513, 513, 48, 20, 12, 8, 8, 8}};
+
+// What an instruction set does with these levels, and with byte centroids for at most Bytes::MOST_ROWS rows of 8-bit activations.
+template <class I, class Bytes>
+struct WordInstance {
+    using Exact = Instance<I>;
+    static Form form(const Call &c) {
+        if (c.weight->shape.levels == AB_AFFINE) return words_pay(c, WORDS_ROWS[c.eight_bits]) ? WORD_LEVELS : Exact::form(c);
+        return c.eight_bits && c.rows <= Bytes::MOST_ROWS && c.segments[0].precision <= BYTE_PLANES ? BYTES : EXACT;
+    }
+    static void activations(const Call &c, int row, float *floats) {
+        if (c.form == WORD_LEVELS) return word_activations<I>(c, row, floats);
+        if (c.form == BYTES) return codebook_activations<Bytes>(c, row, floats);
+        Exact::activations(c, row, floats);
+    }
+    static void multiply(const Call &c, int64_t first, int64_t last, float *scratch) {
+        if (c.form == WORD_LEVELS) return word_multiply<I>(c, first, last, scratch);
+        if (c.form == BYTES) return codebook_multiply<Bytes>(c, first, last, scratch);
+        Exact::multiply(c, first, last, scratch);
+    }
+    static constexpr Kernels kernels = {I::TILE, I::ROW_WORDS, form, activations, multiply, dequantize_rows<I>, nullptr};
+};
 
 }  // namespace
