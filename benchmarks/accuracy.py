@@ -121,6 +121,7 @@ def alone(job: Job) -> Dense:
 
 
 NO_DATA = {"preset": "default", "data_aware": None}
+PUBLISHED = {"preset": "best", "data_aware": None, "distillation_steps": 0}
 OURS = DataAware()
 PLAIN = DataAware(balancing=0, feedback=False, descents=0, refit_sweeps=0, codebook_iterations=0, correction=0.0)
 GPTQ = replace(PLAIN, feedback=True)
@@ -131,8 +132,8 @@ VARIANTS: dict[str, Variant] = {
     "round to nearest": (lambda job: uniform(job, None), {}),
     "GPTQ": (lambda job: uniform(job, GPTQ), {}),
     "AnyBCQ, codes only": (run_recipe, NO_DATA),
-    "AnyBCQ as published": (run_recipe, {"preset": "best", "data_aware": None}),
-    "AnyBCQ as published, alone": (alone, {"preset": "best", "data_aware": None}),
+    "AnyBCQ as published": (run_recipe, PUBLISHED),
+    "AnyBCQ as published, alone": (alone, PUBLISHED),
     "+ refit": (run_recipe, {"data_aware": replace(PLAIN, refit_sweeps=2)}),
     "+ joint feedback": (run_recipe, {"data_aware": replace(GPTQ, refit_sweeps=2)}),
     "+ descent": (run_recipe, {"data_aware": replace(OURS, balancing=0, correction=0.0)}),
@@ -141,6 +142,8 @@ VARIANTS: dict[str, Variant] = {
     "ours, default, 8-bit scales": (run_recipe, {"scale_bits": 8}),
     "ours, default, alone": (alone, {}),
     "ours, default, experts data-free": (run_recipe, NO_EXPERTS),
+    "+ block reconstruction": (run_recipe, {"preset": "best", "distillation_steps": 0}),
+    "+ end-to-end tuning": (run_recipe, {"preset": "best", "steps": 0}),
     "ours, best": (run_recipe, {"preset": "best"}),
     "ours, best, alone": (alone, {"preset": "best"}),
     "Any-Precision as published": (run_recipe, {"method": "any-precision", "data_aware": None}),
@@ -208,6 +211,7 @@ def measure(arguments: argparse.Namespace) -> None:
                 return
             precisions = parse_precisions(arguments.precisions)
             settings = {"samples": arguments.samples, "steps": arguments.steps, "scale_bits": 16}
+            settings["distillation_steps"] = arguments.distillation_steps
             start = Recipe(precisions=precisions, seed=seed, **settings)
             recipe = replace(start, **changes)
             worked = time.process_time()
@@ -223,6 +227,7 @@ def measure(arguments: argparse.Namespace) -> None:
                 "cpu_seconds": round(worked, 1),
                 "samples": arguments.samples,
                 "steps": arguments.steps,
+                **({"distillation_steps": recipe.distillation_steps} if recipe.distils else {}),
                 "text_tokens": sum(w.numel() for w in windows),
                 **about_run(),
             }
@@ -296,6 +301,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--samples", type=int, default=128, help="calibration windows of 512 tokens")
     parser.add_argument("--steps", type=int, default=200, help="of block reconstruction, where a variant has it")
+    parser.add_argument("--distillation-steps", type=int, default=200, help="of end-to-end tuning, the same")
     parser.add_argument("--max-tokens", type=int, default=24_576, help="of the text to predict")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no variant after this long")
     parser.add_argument("--table", action="store_true", help="print the table of --out and measure nothing")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from anybits.config import DataAware
 from anybits.quantize import anybcq, steps
-from anybits.quantize.block_tuning import _frozen, _trainable
+from anybits.quantize.block_tuning import frozen, trainable
 from anybits.quantize.data_aware import improve, join_rows
 from anybits.quantize.families import family
 from anybits.quantize.hessian import Moments, layout
@@ -125,13 +125,13 @@ def test_joined_rows_are_the_rows() -> None:
 
 def test_tuned_levels_go_back_into_steps() -> None:
     weight = anybcq.quantize_matrix(randn(12, 64), (2, 3), 32, False, scale_bits=8)
-    trained = _trainable(weight, 3)
+    trained = trainable(weight, 3)
     assert all(t.requires_grad and t.dtype == torch.float32 for t in trained.levels.tensors(3).values())
-    back = _frozen(trained, weight, 3)
+    back = frozen(trained, weight, 3)
     assert torch.equal(back.dequantize(2), weight.dequantize(2))
     step = levels_of(weight).scale_steps[3].float().max()
     scales, before = levels_of(back).values(3)[0], levels_of(weight).values(3)[0]
     assert levels_of(back).scale_bits == 8
     assert float((scales - before).detach().abs().max()) <= step
     moved = replace(trained, levels=trained.levels.map(lambda t: t + 1, keep=lambda p: True))
-    assert float((_frozen(moved, weight, 3).dequantize(3) - weight.dequantize(3)).abs().max()) > 0.5
+    assert float((frozen(moved, weight, 3).dequantize(3) - weight.dequantize(3)).abs().max()) > 0.5

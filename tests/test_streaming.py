@@ -28,7 +28,9 @@ from conftest import save_tiny, tiny_model
 TEXT = ["the quick brown fox jumps over the lazy dog 0123456 " * 20]
 SMALL = dict(group_size=32, precisions=(2, 3), samples=4, seq_len=16, rounds=2)
 RECIPES = {
-    "anybcq": Recipe(**SMALL, preset="best", steps=2, data_aware=DataAware(descents=1, refit_sweeps=1)),
+    "anybcq": Recipe(
+        **SMALL, preset="best", steps=2, distillation_steps=2, data_aware=DataAware(descents=1, refit_sweeps=1)
+    ),
     "any-precision": Recipe(**SMALL, method="any-precision", data_aware=DataAware(descents=1)),
 }
 WITH_8_BITS = RECIPES | {"anybcq in 8 bits": replace(RECIPES["anybcq"], scale_bits=8)}
@@ -233,7 +235,7 @@ def test_a_run_with_another_fingerprint_is_refused(
     elif changed == "text":
         text = [TEXT[0][::-1]]
     elif changed == "recipe":
-        recipe = Recipe(**SMALL | {"rounds": 3}, preset="best", steps=2)
+        recipe = Recipe(**SMALL | {"rounds": 3}, preset="best", steps=2, distillation_steps=2)
     else:
         monkeypatch.setattr(anybits, "__version__", "0.0.0")
     with pytest.raises(AnybitsError, match="unfinished run with another model, data, settings or version"):

@@ -186,7 +186,14 @@ def test_block_reconstruction_brings_the_model_closer(tmp_path: Path, llama_fold
     errors = {}
     for preset, steps in (("default", 0), ("best", 60)):
         # From the published codes: data-aware ones leave it little to do with as few tokens as these.
-        small = {"group_size": 32, "samples": 8, "seq_len": 32, "learning_rate": 1e-3, "data_aware": None}
+        small = {
+            "group_size": 32,
+            "samples": 8,
+            "seq_len": 32,
+            "learning_rate": 1e-3,
+            "data_aware": None,
+            "distillation_steps": 0,
+        }
         recipe = Recipe(method=method, preset=preset, steps=steps, **small)
         quantize_model(str(llama_folder), tmp_path / preset, recipe, TEXT)
         model = hf.load_model(tmp_path / preset)
@@ -195,7 +202,7 @@ def test_block_reconstruction_brings_the_model_closer(tmp_path: Path, llama_fold
 
 
 def test_a_stopped_run_resumes_to_the_same_bytes(tmp_path: Path, llama_folder: Path) -> None:
-    recipe = Recipe(preset="best", group_size=32, samples=4, seq_len=32, steps=3)
+    recipe = Recipe(preset="best", group_size=32, samples=4, seq_len=32, steps=3, distillation_steps=2)
     quantize_model(str(llama_folder), tmp_path / "whole", recipe, TEXT)
 
     class Stop(Exception):

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from anybits.bits import words
 from anybits.config import StoredConfig
@@ -101,6 +101,10 @@ class CheckpointWriter:
             _order_metadata(file)
             os.fsync(file.fileno())
         partial.rename(final)
+
+    def read_shard(self, name: str) -> dict[str, torch.Tensor]:
+        """Return all tensors of a finished shard."""
+        return load_file(self.path(name))
 
     def finish(self, shards: Iterable[str], stored: StoredConfig, model_config: dict[str, Any]) -> None:
         """Write the index of `shards`, then config.json: a folder without it is not a model yet."""

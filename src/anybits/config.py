@@ -348,9 +348,11 @@ class Recipe:
     """How to quantize: everything that, with the model and the text, determines the stored bytes.
 
     Token counts are `samples` sequences of `seq_len`; `rounds` is T of AnyBCQ's alternation; `steps` and
-    `learning_rate` belong to block reconstruction; `data_aware` None chooses codes without the layers' inputs, as
-    both papers do; `quantize_lm_head` adds the output layer to the decoder blocks' layers, a tied one getting planes of
-    its own; `scale_bits` 8 stores scales and offsets in steps of their row; preset `fast` uses no calibration text.
+    `learning_rate` belong to block reconstruction, `distillation_steps` and `distillation_rate`, which is in half
+    distances of neighbouring levels, to end-to-end tuning, both of preset `best`; `data_aware` None chooses codes
+    without the layers' inputs, as both papers do; `quantize_lm_head` adds the output layer to the decoder blocks'
+    layers, a tied one getting planes of its own; `scale_bits` 8 stores scales and offsets in steps of their row;
+    preset `fast` uses no calibration text.
     """
 
     method: str = "anybcq"
@@ -361,6 +363,8 @@ class Recipe:
     rounds: int = 20
     steps: int = 200
     learning_rate: float = 1e-4
+    distillation_steps: int = 200
+    distillation_rate: float = 0.01
     batch: int = 2
     samples: int = 128
     seq_len: int = 512
@@ -376,13 +380,14 @@ class Recipe:
         check_precisions(self.precisions)
         check_group_size(self.group_size)
         check_scale_bits(self.scale_bits)
-        for name in ("rounds", "steps", "batch", "samples", "seq_len"):
-            least = 0 if name in ("steps", "rounds") else 1
+        for name in ("rounds", "steps", "distillation_steps", "batch", "samples", "seq_len"):
+            least = 0 if name in ("rounds", "steps", "distillation_steps") else 1
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise AnybitsError(f"{name} is {value}: it must be a whole number of at least {least}")
-        if not 0 < self.learning_rate < 1:
-            raise AnybitsError(f"learning_rate is {self.learning_rate}: it must lie between 0 and 1")
+        for name in ("learning_rate", "distillation_rate"):
+            if not 0 < getattr(self, name) < 1:
+                raise AnybitsError(f"{name} is {getattr(self, name)}: it must lie between 0 and 1")
 
     @property
     def needs_text(self) -> bool:
@@ -396,14 +401,19 @@ class Recipe:
 
     def every(self, precision: int | None) -> int:
         """Return n where `precision`, or the float model for None, runs each n-th calibration batch."""
-        if self.reconstructs or self.data_aware is None or precision == self.precisions[0]:
+        if self.reconstructs or self.distils or self.data_aware is None or precision == self.precisions[0]:
             return 1
         return min(self.data_aware.thinning, max(1, self.samples * self.seq_len // ENOUGH_TOKENS))
 
     @property
     def reconstructs(self) -> bool:
         """Whether levels are tuned block by block against the float block's output."""
-        return self.preset == "best"
+        return self.preset == "best" and self.steps > 0
+
+    @property
+    def distils(self) -> bool:
+        """Whether levels are tuned end to end against the float model's next tokens."""
+        return self.preset == "best" and self.distillation_steps > 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as a JSON object."""

@@ -22,6 +22,7 @@ from anybits.evaluate.kernels import KernelTiming
 from anybits.evaluate.profiling import Found
 from anybits.evaluate.profiling import Progress as Profiling
 from anybits.evaluate.report import Evaluation
+from anybits.quantize.distillation import Outcome
 from anybits.quantize.estimate import Estimate
 from anybits.quantize.pipeline import BlockReport, Progress
 
@@ -41,12 +42,17 @@ def _errors(report: BlockReport) -> str:
     return " ".join(f"{p} bits {100 * error:.2f} %" for p, error in report.error.items())
 
 
+def _outcome(outcome: Outcome) -> str:
+    change = f"divergence from the float model {outcome.before:.4f} to {outcome.after:.4f}"
+    return change if outcome.kept else f"{change}: levels left as they were"
+
+
 @contextmanager
 def shown_progress(console: Console, label: str = "quantizing") -> Iterator[Progress]:
     """Give callbacks that show the block, its weight error, and the time left."""
     if console.is_terminal:
         with _bar(console) as bar:
-            tasks: dict[str, Any] = {}
+            tasks: dict[str | int, Any] = {}
 
             def calibrating(done: int, total: int) -> None:
                 if "text" not in tasks:
@@ -59,7 +65,15 @@ def shown_progress(console: Console, label: str = "quantizing") -> Iterator[Prog
                 note = "resumed" if report.resumed else f"weight error {_errors(report)}"
                 bar.update(tasks["blocks"], completed=report.index + 1, note=note)
 
-            yield Progress(calibrating, block_done)
+            def distilling(precision: int, done: int, total: int) -> None:
+                if precision not in tasks:
+                    tasks[precision] = bar.add_task(f"tuning {precision} bits", note="", total=total)
+                bar.update(tasks[precision], completed=done)
+
+            def distilled(outcome: Outcome) -> None:
+                bar.update(tasks[outcome.precision], note=_outcome(outcome))
+
+            yield Progress(calibrating, block_done, distilling, distilled)
         return
     yield _logged(console, label)
 
@@ -78,7 +92,10 @@ def _logged(console: Console, label: str) -> Progress:
         line = f"{label}: block {done}/{report.total}, {note}, {left:.0f} s left"
         console.print(line, highlight=False, soft_wrap=True)
 
-    return Progress(calibrating, block_done)
+    def distilled(outcome: Outcome) -> None:
+        console.print(f"tuned {outcome.precision} bits: {_outcome(outcome)}", highlight=False, soft_wrap=True)
+
+    return Progress(calibrating, block_done, distilled=distilled)
 
 
 @contextmanager
@@ -131,7 +148,7 @@ def profiling_progress(console: Console) -> Iterator[Profiling]:
 
     if console.is_terminal:
         with _bar(console) as bar:
-            tasks: dict[str, Any] = {}
+            tasks: dict[str | int, Any] = {}
 
             def step(label: str, done: int, total: int) -> None:
                 if label not in tasks:

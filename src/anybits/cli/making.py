@@ -22,7 +22,10 @@ def quantize(
         int, typer.Option(help="Bits of a scale or offset (anybcq): 16, or 8 in steps of its row: smaller and faster.")
     ] = 16,
     preset: Annotated[
-        str, typer.Option(help="fast: no text. default: calibrated. best: also block reconstruction (slow).")
+        str,
+        typer.Option(
+            help="fast: no text. default: calibrated. best: levels also tuned, block by block and end to end (slow)."
+        ),
     ] = "default",
     calibration: Annotated[
         str | None,
@@ -31,6 +34,10 @@ def quantize(
     samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens of a calibration sequence.")] = 512,
     steps: Annotated[int, typer.Option(help="Reconstruction steps a block and precision (preset best).")] = 200,
+    distillation_steps: Annotated[
+        int,
+        typer.Option(help="End-to-end steps a precision (preset best): the float model teaches the next tokens."),
+    ] = 200,
     seed: Annotated[int, typer.Option(help="Seed of all that is random: the same seed gives the same bytes.")] = 0,
     device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
     quantize_lm_head: Annotated[
@@ -62,6 +69,7 @@ def quantize(
         samples=samples,
         seq_len=seq_len,
         steps=steps,
+        distillation_steps=distillation_steps,
         seed=seed,
         quantize_lm_head=quantize_lm_head,
         scale_bits=scale_bits,

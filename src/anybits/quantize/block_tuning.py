@@ -46,7 +46,7 @@ def tune(
     """
     generator = torch.Generator().manual_seed(recipe.seed)
     like = dict(runner.block.named_parameters())
-    tuned = {name: _trainable(weight, precision) for name, weight in weights.items()}
+    tuned = {name: trainable(weight, precision) for name, weight in weights.items()}
     leaves = [t for weight in tuned.values() for t in weight.levels.tensors(precision).values()]
     optimizer = torch.optim.Adam(leaves, lr=recipe.learning_rate)
     scale = sum(w.square().mean() for w in wanted) / len(wanted)
@@ -62,17 +62,17 @@ def tune(
             loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return {name: _frozen(tuned[name], weights[name], precision) for name in weights}
+    return {name: frozen(tuned[name], weights[name], precision) for name in weights}
 
 
-def _trainable(weight: PlaneWeight, precision: int) -> PlaneWeight:
+def trainable(weight: PlaneWeight, precision: int) -> PlaneWeight:
     """Return a weight that holds `precision` only, its levels being float32 leaves."""
     plain = weight.levels.expanded() if isinstance(weight.levels, AffineLevels) else weight.levels
     levels = plain.map(lambda t: t.detach().float().clone().requires_grad_(True), keep=lambda p: p == precision)
     return PlaneWeight(weight.planes[:precision], weight.in_features, levels)
 
 
-def _frozen(tuned: PlaneWeight, weight: PlaneWeight, precision: int) -> PlaneWeight:
+def frozen(tuned: PlaneWeight, weight: PlaneWeight, precision: int) -> PlaneWeight:
     """Return `weight` with the tuned levels of `precision` in their stored dtype."""
     if isinstance(weight.levels, AffineLevels):
         assert isinstance(tuned.levels, AffineLevels)

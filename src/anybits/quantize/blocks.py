@@ -136,10 +136,18 @@ def _to_float32(value: Any) -> Any:
 
 
 class BlockRunner:
-    """A float32 copy of one block that can run with any of its weights replaced."""
+    """A float32 copy of one block that can run with any of its weights replaced.
 
-    def __init__(self, block: nn.Module, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
-        self.block = copy.deepcopy(block).float().requires_grad_(False)
+    replaced: parameters that every call will replace, which are not copied.
+    """
+
+    def __init__(
+        self, block: nn.Module, arguments: tuple[tuple[Any, ...], dict[str, Any]], replaced: Iterable[str] = ()
+    ) -> None:
+        placeholders: dict[int, Any] = {}  # deepcopy takes these for copies that it made
+        for parameter in map(block.get_parameter, replaced):
+            placeholders[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+        self.block = copy.deepcopy(block, placeholders).float().requires_grad_(False)
         self.positional, self.keywords = arguments
         self.as_tuple = False
         """Whether the block wraps its output in a tuple, once it has run."""

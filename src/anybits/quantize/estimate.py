@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -32,6 +32,15 @@ HESSIANS = 3
 
 FACTOR_COPIES = 8
 """Float32 `[K, K]` matrices' worth of float64 ones that live while one Hessian is factorised."""
+
+LEVEL_COPIES = 5
+"""Float32 copies of one precision's levels while they are tuned: themselves, gradient, two moments, as they were."""
+
+TUNING_COPIES = 4
+"""Float32 copies of a block's matrices while levels are tuned: dequantized, gradient, and two on the way."""
+
+LOGIT_COPIES = 6
+"""Float32 copies of a sequence's logits: of both models, their logarithms, gradients."""
 
 PARTIAL_FORWARD = 0.6
 """Share of a block that runs to reach a group of layers, on average over the groups."""
@@ -109,10 +118,32 @@ class _Shape:
             parts["largest matrix at work"] = 4 * largest * MATRIX_COPIES
         if self.tokens and self.activations <= IN_MEMORY:
             parts["activations"] = self.activations
+        if self.recipe.distils:
+            tuning = self._tuning()
+            if sum(tuning.values()) > sum(parts.values()):
+                parts = tuning
         alone = LIBRARIES + max(max(rest, default=0), min(sum(rest), REST_BYTES))
         if alone > sum(parts.values()):  # embeddings and head are written by themselves
             return {"libraries": LIBRARIES, "embeddings and head": alone - LIBRARIES}
         return parts
+
+    def _tuning(self) -> dict[str, int]:
+        """Return the peak of end-to-end tuning: the block at work dequantized, with its gradient and copies between."""
+        levels = max(
+            sum(_level_bytes(t, replace(self.recipe, precisions=(p,), scale_bits=16)) for t in self.targets) // 2
+            for p in self.recipe.precisions
+        )
+        states = self.blocks * self.recipe.batch * self.recipe.seq_len * self.source.hidden_size()
+        vocabulary = int(self.source.model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
+        head, logits = vocabulary * self.source.hidden_size(), vocabulary * self.recipe.seq_len
+        return {
+            "libraries": LIBRARIES,
+            "levels with their gradients and moments": 4 * levels * LEVEL_COPIES,
+            "block dequantized, and its gradient": 4 * sum(_numel(t) for t in self.block) * TUNING_COPIES,
+            "states between blocks": 4 * states,
+            "output layer, and logits": 4 * (head + LOGIT_COPIES * logits),
+            "activations": self.activations if self.activations <= IN_MEMORY else 0,
+        }
 
     def _hessians(self) -> list[int]:
         """Return the bytes of second moments while each of the block's matrices is at work."""
@@ -150,6 +181,8 @@ class _Shape:
         parts = {"result": sum(_stored_bytes(t, self.recipe) for t in self.targets) + kept}
         if self.activations > IN_MEMORY:
             parts["activations, until the end"] = self.activations
+        if self.recipe.distils:
+            parts["tuned levels, until the end"] = sum(_level_bytes(t, self.recipe) for t in self.targets)
         if self.recipe.method == "any-precision" and self.recipe.needs_text:
             width = self.source.hidden_size() * self.source.dtype.itemsize
             parts["sensitivities, until the end"] = 4 * self.weights + (self.blocks + 2) * self.tokens * width
@@ -182,6 +215,9 @@ class _Shape:
         if self.recipe.reconstructs:
             step = 3 * self.recipe.batch * self.recipe.seq_len * forward / self.tokens
             parts["reconstruction"] = self.recipe.steps * self.precisions * step + paths * forward
+        if self.recipe.distils:
+            step = 4 * self.recipe.batch * self.recipe.seq_len * forward / self.tokens  # forward, again, and backward
+            parts["end-to-end tuning"] = self.recipe.distillation_steps * self.precisions * step
         return parts
 
     def _dense_stages(self) -> list[_Stage]:
@@ -222,8 +258,12 @@ def _halves(targets: list[Target]) -> list[list[Target]]:
 
 
 def _stored_bytes(target: Target, recipe: Recipe) -> int:
-    rows, columns = target.out_features, target.in_features
-    size = recipe.precisions[-1] * rows * -(-columns // 32) * 4
+    planes = recipe.precisions[-1] * target.out_features * -(-target.in_features // 32) * 4
+    return planes + _level_bytes(target, recipe)
+
+
+def _level_bytes(target: Target, recipe: Recipe) -> int:
+    rows, columns, size = target.out_features, target.in_features, 0
     for p in recipe.precisions:
         if recipe.method == "any-precision":
             size += 2 * rows * 2**p

@@ -13,6 +13,7 @@ import logging
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +28,21 @@ from anybits.quantize.activations import Keeper
 from anybits.quantize.blocks import BlockInputs, BlockRunner, HiddenStates, capture
 from anybits.quantize.calibration import Calibration
 from anybits.quantize.data_aware import join_rows
+from anybits.quantize.distillation import Distillation, Outcome
 from anybits.quantize.expert_moments import Reach
 from anybits.quantize.head import find_head, head_moments, quantize_head
 from anybits.quantize.interruptions import explained
 from anybits.quantize.sensitivity import Sensitivity
 from anybits.quantize.source import Source
 from anybits.quantize.targets import Target, find_targets, has_experts, matrix, target_patterns
+from anybits.quantize.tuned_levels import TunedLevels
 from anybits.weight import PlaneWeight
 
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "quantize.json"
 SENSITIVITY_FOLDER = "sensitivity"
+DISTILLED_FOLDER = "distilled"
 HEAD = "head"
 REST_BYTES = 512 << 20
 """Bytes of unquantized tensors in one file, unless a single one is larger: what is in memory to write it."""
@@ -60,6 +64,8 @@ class Progress:
 
     calibrating: Callable[[int, int], None] = field(default=lambda done, total: None)
     block_done: Callable[[BlockReport], None] = field(default=lambda report: None)
+    distilling: Callable[[int, int, int], None] = field(default=lambda precision, done, total: None)
+    distilled: Callable[[Outcome], None] = field(default=lambda outcome: None)
 
 
 def quantize(
@@ -89,17 +95,19 @@ def quantize(
         writer = CheckpointWriter(out)
         run = _Run(Source(model, weights), recipe, calibration, writer, progress or Progress(), expert_memory)
         _claim(out, run.fingerprint(model_config, version))
-        run.quantize_blocks()
-        rest = run.write_rest()
+        complete = (out / "config.json").exists()  # a run that was stopped in its last step
+        rest = [] if complete else run.quantize()
     targets = target_patterns(model) + ((run.head.module,) if run.head else ())
     facts = recipe.to_dict() | _data_facts(calibration) | {"anybits_version": version}
     stored = replace(_stored_config(recipe, targets), recipe=facts)
     if run.head:  # planes of its own in place of the embedding's matrix
         model_config = model_config | {"tie_word_embeddings": False}
     with explained(out):
-        run.writer.finish([*run.shard_names(), *rest], stored, model_config)
+        if not complete:
+            run.writer.finish([*run.shard_names(), *rest], stored, model_config)
         last_step(stored)
-        shutil.rmtree(out / SENSITIVITY_FOLDER, ignore_errors=True)
+        for folder in (SENSITIVITY_FOLDER, DISTILLED_FOLDER):
+            shutil.rmtree(out / folder, ignore_errors=True)
         (out / STATE_FILE).unlink()
     return stored
 
@@ -178,6 +186,7 @@ class _Run:
         self.targets = [find_targets(block) for block in self.blocks]
         self.head = find_head(source.model) if recipe.quantize_lm_head else None
         self.sensitivity: Sensitivity | None = None
+        self.tuned = TunedLevels(writer.folder / DISTILLED_FOLDER, source.prefix)
 
     def shard_names(self) -> list[str]:
         """Return the shards of blocks and head, in the order in which they are written."""
@@ -196,14 +205,21 @@ class _Run:
             digest.update(name.encode() + str(tuple(tensor.shape)).encode() + self.source.sample(name))
         return digest.hexdigest()
 
-    def quantize_blocks(self) -> None:
+    def quantize(self) -> list[str]:
+        """Have every shard on disk; return the names of those that hold no block and no quantized head."""
+        walk = self._quantize_blocks()
+        if self.recipe.distils:
+            self._distil(walk)
+        return self._write_rest()
+
+    def _quantize_blocks(self) -> _Walk | None:
         """Quantize, tune and write every block, and the head if it is wanted, that is not yet on disk."""
         todo = [not self.writer.has_shard(name) for name in self.block_names()]
         head = self.head is not None and not self.writer.has_shard(HEAD)
         if self.recipe.method == "any-precision" and self.recipe.needs_text and any(todo):
             self._measure_sensitivity(todo)
-        walked = (self.recipe.uses_hessian or self.recipe.reconstructs) and (any(todo) or head)
-        walk = self._walk() if walked else None
+        fits = self.recipe.uses_hessian or self.recipe.reconstructs
+        walk = self._walk() if (fits and (any(todo) or head)) or self._undistilled() else None
         for index in range(len(todo)):
             with self.source.block(index):
                 self._finish_block(index, walk, todo[index])
@@ -215,6 +231,25 @@ class _Run:
                 "more samples help",
                 *(self.reach.scarce, self.reach.experts, self.reach.needed, self.reach.unreached),
             )
+        return walk
+
+    def _undistilled(self) -> list[int]:
+        """Return the precisions whose levels are still to be tuned end to end."""
+        return [p for p in self.recipe.precisions if self.recipe.distils and not self.tuned.has(p)]
+
+    def _distil(self, walk: _Walk | None) -> None:
+        """Tune the levels of all blocks end to end, and put them in place of those in the blocks' shards."""
+        missing = self._undistilled()
+        if missing:
+            assert walk is not None
+            head = {self.head.parameter: self._read_head()} if self.head else {}
+            taught = walk.inputs, walk.float_path.batches, walk.as_tuple
+            distillation = Distillation(self.source, self.targets, self.recipe, *taught, self._read_back, head)
+            for p in missing:
+                blocks, outcome = distillation.tune(p, partial(self.progress.distilling, p))
+                self.tuned.write(p, blocks)
+                self.progress.distilled(outcome)
+        self.tuned.put_into(self.writer, self.block_names(), self.recipe.precisions)
 
     def _write_head(self, walk: _Walk | None) -> None:
         assert self.head is not None
@@ -306,14 +341,18 @@ class _Run:
 
     def _read_back(self, index: int) -> dict[str, PlaneWeight]:
         recipe = self.recipe
-        path = self.writer.folder / f"model-{self.block_names()[index]}.safetensors"
-        reader = CheckpointReader([path], _stored_config(recipe, ()))
+        reader = CheckpointReader([self.writer.path(self.block_names()[index])], _stored_config(recipe, ()))
         where = f"{self.prefix}.{index}"
         return {
             t.module: reader.read(f"{where}.{t.module}", t.in_features, recipe.precisions) for t in self.targets[index]
         }
 
-    def write_rest(self) -> list[str]:
+    def _read_head(self) -> PlaneWeight:
+        assert self.head is not None
+        reader = CheckpointReader([self.writer.path(HEAD)], _stored_config(self.recipe, ()))
+        return reader.read(self.head.module, self.head.in_features, self.recipe.precisions)
+
+    def _write_rest(self) -> list[str]:
         """Write all that is not in a block: embeddings, norms, head; a tied tensor once. Return the shards' names."""
         tied = set(getattr(self.source.model, "all_tied_weights_keys", None) or {})
         parts: list[list[str]] = [[]]
