@@ -1,15 +1,15 @@
-// What AVX2 does beside tables of sums and 16-bit centroids: few rows of 8-bit activations and codebooks, and many rows of any
-// activations and affine levels (docs/kernels.md).
+// What AVX2 does beside tables of sums and 16-bit centroids: few rows of 8-bit activations and codebooks, many rows of 8-bit
+// activations, and many rows of others and affine levels (docs/kernels.md).
 #pragma once
 
-#include "avx2.h"
+#include "avx2_byte_levels.h"
 
 namespace {
 
 // vpmaddubsw multiplies unsigned by signed bytes and adds neighbours in 16 bits, so centroids give their signs to the
 // activations: no factor is above 127, and two products stay below 2^15.
 struct Avx2Bytes : ByteIntegers<Avx2> {
-    // With more, centroids in 16 bits are as fast: a product of 32 bytes takes four instructions, of 32 words too.
+    // With more, centroids in 16 bits are as fast where levels are not made: a product of 32 bytes takes four instructions, of 32 words too.
     static constexpr int MOST_ROWS = 7;
 
     struct Words { V w[4]; };
@@ -42,6 +42,18 @@ struct Avx2Bytes : ByteIntegers<Avx2> {
     }
 };
 
-using Avx2Instance = WordInstance<Avx2, Avx2Bytes>;
+struct Avx2Instance {
+    using Others = WordInstance<Avx2, Avx2Bytes>;
+    static Form form(const Call &c) { return byte_levels_pay(c) ? BYTE_LEVELS : Others::form(c); }
+    static void activations(const Call &c, int row, float *floats) {
+        if (c.form == BYTE_LEVELS) return byte_activations(c, row, floats);
+        Others::activations(c, row, floats);
+    }
+    static void multiply(const Call &c, int64_t first, int64_t last, float *scratch) {
+        if (c.form == BYTE_LEVELS) return byte_levels_multiply(c, first, last, scratch);
+        Others::multiply(c, first, last, scratch);
+    }
+    static constexpr Kernels kernels = {Avx2::TILE, Avx2::ROW_WORDS, form, activations, multiply, dequantize_rows<Avx2>, nullptr};
+};
 
 }  // namespace

@@ -98,30 +98,50 @@ inline void fill_entries(const float (*scales)[I::TILE], typename I::V *low, typ
     transpose_bytes<I>(high);
 }
 
+// The scales of one block of one tile, [plane][row] and then the offsets, as multiples of units[row] of which they add up to `limit`.
 template <class I, int P, int DTYPE>
-void fill_words(const Header *h, int64_t tile, int64_t block, WordTables<I> *out) {
-    constexpr int TILE = I::TILE, FV = TILE / I::LANES, FIRST = P < TABLE_PLANES ? P : TABLE_PLANES;
+inline void block_scales(const Header *h, int64_t tile, int64_t block, float limit, float (*scales)[I::TILE], float *units) {
+    constexpr int TILE = I::TILE, FV = TILE / I::LANES;
     const int64_t level_bytes = TILE * level_size(DTYPE);
     const uint8_t *level = affine_block_levels(h, P, tile, block);
     const float *steps = affine_steps_at(h, P, tile);
     for (int64_t i = 0; i < (P + 1) * level_bytes; i += 64) fetch_ahead(level + STREAM_AHEAD + i);
-    alignas(64) float scales[P + 1][TILE], units[TILE];
     for (int b = 0; b < P + (h->shape.has_offsets ? 1 : 0); b++)
         for (int f = 0; f < FV; f++)
             I::store(scales[b] + f * I::LANES, level_in_steps<I, DTYPE>(level + b * level_bytes, steps + b * TILE, f));
     for (int r = 0; r < TILE; r++) {
         float peak = 0;
         for (int b = 0; b < P; b++) peak += __builtin_fabsf(scales[b][r]);
-        const float inverse = peak > 0 ? LEVEL_WORD_LIMIT / peak : 0;
+        const float inverse = peak > 0 ? limit / peak : 0;
         for (int b = 0; b < P; b++) scales[b][r] *= inverse;
-        units[r] = peak * (1.0f / LEVEL_WORD_LIMIT);
+        units[r] = peak * (1.0f / limit);
     }
+}
+
+template <class I, int P, int DTYPE>
+void fill_words(const Header *h, int64_t tile, int64_t block, WordTables<I> *out) {
+    constexpr int TILE = I::TILE, FIRST = P < TABLE_PLANES ? P : TABLE_PLANES;
+    alignas(64) float scales[P + 1][TILE], units[TILE];
+    block_scales<I, P, DTYPE>(h, tile, block, LEVEL_WORD_LIMIT, scales, units);
     for (int i = 0; i < TILE; i++) {
         out->unit[i] = units[I::row_of(i)];
         out->offset[i] = h->shape.has_offsets ? scales[P][I::row_of(i)] : 0;
     }
     fill_entries<I, FIRST>(scales, out->low[0], out->high[0]);
     if constexpr (P > FIRST) fill_entries<I, P - FIRST>(scales + FIRST, out->low[1], out->high[1]);
+}
+
+// The plane bytes of a block: vectors of rows, with zeros behind the last step.
+template <class I, int P>
+inline void block_planes(const Header *h, int64_t tile, int64_t block, typename I::V (*rows)[ROW_VECTORS]) {
+    constexpr int BLOCK_STEPS = TABLE_COLUMNS / STEP;
+    const int64_t first = block * BLOCK_STEPS, steps = h->steps - first < BLOCK_STEPS ? h->steps - first : BLOCK_STEPS;
+    for (int b = 0; b < P; b++) {
+        const uint8_t *plane = plane_at(h, b, tile) + first * I::TILE * 4;
+        for (int v = 0; v < ROW_VECTORS; v++) rows[b][v] = v < 4 * steps ? I::load_bytes(plane + v * I::BYTES) : I::bytes(0);
+        for (int64_t i = 0; i < 4 * ROW_VECTORS * I::BYTES / 4; i += 64) fetch_ahead(plane + STREAM_AHEAD + i);
+        transpose_bytes<I>(rows[b]);
+    }
 }
 
 // Where a vector of row vector q stands: [four row vectors][vector][of the four].
@@ -131,15 +151,9 @@ constexpr int level_vector(int q, int vector) { return (q / 4 * LEVEL_VECTORS + 
 template <class I, int P>
 void expand_words(const Header *h, int64_t tile, int64_t block, const WordTables<I> &tables, typename I::V *out) {
     using V = typename I::V;
-    constexpr int FIRST = P < TABLE_PLANES ? P : TABLE_PLANES, REST = P - FIRST, BLOCK_STEPS = TABLE_COLUMNS / STEP;
-    const int64_t first = block * BLOCK_STEPS, steps = h->steps - first < BLOCK_STEPS ? h->steps - first : BLOCK_STEPS;
+    constexpr int FIRST = P < TABLE_PLANES ? P : TABLE_PLANES, REST = P - FIRST;
     V rows[P][ROW_VECTORS];
-    for (int b = 0; b < P; b++) {
-        const uint8_t *plane = plane_at(h, b, tile) + first * I::TILE * 4;
-        for (int v = 0; v < ROW_VECTORS; v++) rows[b][v] = v < 4 * steps ? I::load_bytes(plane + v * I::BYTES) : I::bytes(0);
-        for (int64_t i = 0; i < 4 * ROW_VECTORS * I::BYTES / 4; i += 64) fetch_ahead(plane + STREAM_AHEAD + i);
-        transpose_bytes<I>(rows[b]);
-    }
+    block_planes<I, P>(h, tile, block, rows);
     for (int q = 0; q < ROW_VECTORS; q++) {
         V planes[P], codes[8], others[8];
         for (int b = 0; b < P; b++) planes[b] = rows[b][q];
@@ -172,7 +186,7 @@ void word_products(const Call &c, int64_t block, int from, const typename I::V *
         typename I::Sum sums[M][4];
         for (int m = 0; m < M; m++)
             for (int t = 0; t < 4; t++) sums[m][t] = I::no_sum();
-#pragma GCC unroll 2
+#pragma GCC unroll 1  // more, and additions change places until sums are kept in memory
         for (int v = 0; v < LEVEL_VECTORS; v++)
 #pragma GCC unroll 4
             for (int m = 0; m < M; m++) {
@@ -207,6 +221,17 @@ void word_segment(const Call &c, const Segment &s, int64_t tile, int64_t block, 
     for (; done < s.count; done++) word_products<I, 1>(c, block, s.first + done, to.levels, to.tables, y);
 }
 
+// A tile's results, rows in the order of I::row_of.
+template <class I>
+inline void store_places(const Call &c, int64_t tile, float *y) {
+    for (int p = 0; p < c.rows; p++) {
+        float rows[I::TILE];
+        for (int i = 0; i < I::TILE; i++) rows[I::row_of(i)] = y[p * I::TILE + i];
+        memcpy(y + p * I::TILE, rows, sizeof rows);
+    }
+    store_tiles<I>(c, tile, 1, y);
+}
+
 template <class I, int DTYPE>
 void word_multiply_as(const Call &c, int64_t first, int64_t last, float *scratch) {
     void (*const segment[])(const Call &, const Segment &, int64_t, int64_t, WordBlock<I> &, float *) = {
@@ -219,12 +244,7 @@ void word_multiply_as(const Call &c, int64_t first, int64_t last, float *scratch
         for (int64_t block = 0; block < c.weight->blocks; block++)
             for (int i = 0; i < c.segment_count; i++)
                 segment[c.segments[i].precision](c, c.segments[i], tile, block, block_levels, scratch);
-        for (int p = 0; p < c.rows; p++) {
-            float rows[I::TILE];
-            for (int i = 0; i < I::TILE; i++) rows[I::row_of(i)] = scratch[p * I::TILE + i];
-            memcpy(scratch + p * I::TILE, rows, sizeof rows);
-        }
-        store_tiles<I>(c, tile, 1, scratch);
+        store_places<I>(c, tile, scratch);
     }
 }
 
