@@ -46,12 +46,25 @@ def load_lazily(path: str, offload: Path) -> tuple[hf.PreTrainedModel, Mapping[s
 def _all_on_disk(model: nn.Module) -> dict[str, str]:
     """Return a device map that leaves every module that has parameters on disk, except for the smallest.
 
-    One has to be in memory: accelerate refuses to load nothing.
+    One has to be in memory: accelerate refuses to load nothing. What lies inside of a module with parameters or stored
+    buffers of its own has no entry, because accelerate gives the whole of it one place.
     """
-    sizes = {
-        name: sum(p.numel() for p in module.parameters())
-        for name, module in model.named_modules()
-        if next(module.children(), None) is None or next(module.parameters(recurse=False), None) is not None
-    }
+    sizes: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if (next(module.children(), None) is None or _has_own(module)) and not any(
+            outer in sizes for outer in _outer(name)
+        ):
+            sizes[name] = sum(p.numel() for p in module.parameters())
     smallest = min((size, name) for name, size in sizes.items() if size)[1]
     return {name: "disk" if size and name != smallest else "cpu" for name, size in sizes.items()}
+
+
+def _has_own(module: nn.Module) -> bool:
+    """Return whether `module` itself has parameters, or buffers that are stored."""
+    return bool(module._parameters) or bool(set(module._buffers) - module._non_persistent_buffers_set)
+
+
+def _outer(name: str) -> list[str]:
+    """Return the names of the modules around the one called `name`."""
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts))]
