@@ -6,10 +6,13 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+
+from anybits.errors import AnybitsError
 
 Keep = Callable[[Iterable[torch.Tensor]], Sequence[torch.Tensor]]
 """Takes batches as they come and keeps them somewhere: `list`, or activations.Keeper.keep."""
@@ -76,22 +79,104 @@ def capture(model: nn.Module, blocks: nn.ModuleList, batches: Sequence[torch.Ten
 def block_arguments(
     model: nn.Module, blocks: nn.ModuleList, batch: torch.Tensor
 ) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Return what each block is called with besides its hidden states, from one forward up to the last block."""
-    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    """Return what each block is called with besides its hidden states, from one forward up to the last block.
 
-    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        arguments.append((args[1:], {key: value for key, value in kwargs.items() if key != "hidden_states"}))
-        if len(arguments) == len(blocks):
+    Raises AnybitsError where that is not all there is to a block: see `check_chain`.
+    """
+    arguments = _Calls(blocks).of(model, batch, to_the_end=False).arguments
+    check_chain(model, blocks, batch, arguments)
+    return arguments
+
+
+@torch.no_grad()
+def check_chain(
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    batch: torch.Tensor,
+    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]],
+) -> None:
+    """Raise AnybitsError unless the model is what calibration takes it for, seen on other text of the same shape.
+
+    Each block is called once, in order, with the last one's output; arguments, what it gets besides, depend on
+    positions only.
+    """
+    calls = _Calls(blocks).of(model, batch.flip(1), to_the_end=True)
+    name, instead = type(model).__name__, "calibration cannot follow that, use preset fast"
+    if calls.order != list(range(len(blocks))) or len(arguments) != len(blocks):
+        raise AnybitsError(f"{name} does not call its decoder blocks once each, one after another: {instead}")
+    if not calls.chained:
+        raise AnybitsError(f"{name} changes hidden states between its decoder blocks: {instead}")
+    for (positional, keywords), (others, named) in zip(arguments, calls.arguments, strict=True):
+        different = [key for key in keywords if not _same(keywords[key], named.get(key))]
+        if different or not _same(positional, others):
+            what = f" ({different[0]})" if different else ""
+            raise AnybitsError(
+                f"{name} gives its decoder blocks further inputs that depend on the text{what}: {instead}"
+            )
+
+
+class _Calls:
+    """What the blocks of a model are called with during one forward.
+
+    order: the number of each call's block; arguments: of each call, without the hidden states; chained: whether every
+    block got what the one before it returned.
+    """
+
+    def __init__(self, blocks: nn.ModuleList) -> None:
+        self.order: list[int] = []
+        self.arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.chained = True
+        self._blocks = blocks
+        self._last: torch.Tensor | None = None
+
+    def of(self, model: nn.Module, batch: torch.Tensor, to_the_end: bool) -> _Calls:
+        """Run token `batch`, up to the output layer or only until the last block is called, and return this."""
+
+        def before(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if self._last is not None and not torch.equal(self._last, hidden):
+                self.chained = False
+            self.order.append(index)
+            self.arguments.append((args[1:], {key: value for key, value in kwargs.items() if key != "hidden_states"}))
+            if index == len(self._blocks) - 1 and not to_the_end:
+                raise _Reached
+
+        def after(output: Any) -> None:
+            self._last = (output[0] if isinstance(output, tuple) else output).detach()
+
+        def stop(*_: object) -> None:
             raise _Reached
 
-    hooks = [block.register_forward_pre_hook(record, with_kwargs=True) for block in blocks]
-    try:
-        with suppress(_Reached):
-            model(input_ids=batch, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return arguments
+        hooks = []
+        for index, block in enumerate(self._blocks):
+            run = partial(before, index)
+            hooks.append(
+                block.register_forward_pre_hook(lambda _, args, kwargs, run=run: run(args, kwargs), with_kwargs=True)
+            )
+            hooks.append(block.register_forward_hook(lambda _, __, output: after(output)))
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+        if head is not None:
+            hooks.append(head.register_forward_pre_hook(stop))
+        try:
+            with suppress(_Reached):
+                model(input_ids=batch, use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return self
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Return whether two arguments are equal: tensors to the bit, what cannot be compared by its kind."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, torch.Tensor):
+        return one.shape == other.shape and torch.equal(one, other)
+    if isinstance(one, tuple | list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_same(value, other[key]) for key, value in one.items())
+    return not isinstance(one, bool | int | float | str) or one == other
 
 
 def embedded(model: nn.Module, blocks: nn.ModuleList, batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
