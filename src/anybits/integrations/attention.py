@@ -13,6 +13,9 @@ from anybits.errors import AnybitsError
 from anybits.integrations import transformers as hf
 
 NAME = "anybits_packed"
+_UNKNOWN = ("position_bias", "indices", "block_indices", "sinks", "cache")
+"""Arguments of attention functions that say what a row sees in ways that are not known here."""
+
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
@@ -28,10 +31,12 @@ class PackedAttention(Protocol):
         scaling: float,
         window: int | None,
         softcap: float | None,
+        sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """Return `[T, H, Dv]` for query `[H, T, D]`, key `[Hkv, T, D]` and value `[Hkv, T, Dv]`.
 
-        window: a row sees this many positions, its own included; softcap: scores become c * tanh(score / c).
+        window: a row sees this many positions, its own included; softcap: scores become c * tanh(score / c);
+        sinks: `[H]`, scores of one more position each, whose value is zero.
         """
 
 
@@ -57,16 +62,19 @@ def _forward(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     attention = _active.get()
     if attention is None:
         raise AnybitsError("this model belongs to a serving engine: run it through the engine, or load it again")
-    if kwargs.get("s_aux") is not None:
-        raise AnybitsError("attention sinks cannot be served yet")
+    more = next((name for name in _UNKNOWN if kwargs.get(name) is not None), None)
+    if attention_mask is not None or more is not None:
+        what = "a mask of its own" if more is None else more
+        raise AnybitsError(f"{type(module).__name__} gives its attention {what}: such a model cannot be served")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = attention(int(module.layer_idx), query[0], key[0], value[0], scaling, sliding_window, softcap)
-    return out[None], None
+    out = attention(int(module.layer_idx), query[0], key[0], value[0], scaling, sliding_window, softcap, s_aux)
+    return out[None].contiguous(), None
 
 
 hf.register_attention(NAME, _forward)

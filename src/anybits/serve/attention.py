@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from anybits.errors import AnybitsError
 from anybits.serve.blocks import BLOCK, blocks_for
 from anybits.serve.kv import KVCache, LayerShape
 from anybits.serve.tiles import TILE_ROWS
@@ -30,9 +31,11 @@ def attend(
     hidden: torch.Tensor,
     scaling: float,
     softcap: float | None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return softmax(cap(q @ k.T * scaling)) @ v `[..., Q, Dv]`; hidden: bool, broadcast to `[..., Q, L]`.
 
+    sinks: `[..., Q, 1]`, the score of one more position, whose value is zero (gpt-oss, arXiv 2508.10925).
     In float32 the products have at least TILE_ROWS rows, so that a row's result does not depend on the others.
     """
     rows = query.shape[-2]
@@ -40,7 +43,12 @@ def attend(
     scores = (functional.pad(query, padding) @ key.transpose(-1, -2))[..., :rows, :].float() * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    shares = scores.masked_fill_(hidden, -torch.inf).softmax(-1).to(value.dtype)
+    scores = scores.masked_fill_(hidden, -torch.inf)
+    if sinks is None:
+        shares = scores.softmax(-1).to(value.dtype)
+    else:
+        beside = sinks.float().expand(*scores.shape[:-1], 1)
+        shares = torch.cat((scores, beside), dim=-1).softmax(-1)[..., :-1].to(value.dtype)
     return (functional.pad(shares, padding) @ value)[..., :rows, :]
 
 
@@ -118,6 +126,7 @@ class PagedAttention:
         scaling: float,
         window: int | None,
         softcap: float | None,
+        sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """Return `[T, H, Dv]` for query `[H, T, D]`, key `[Hkv, T, D]` and value `[Hkv, T, Dv]`."""
         keys, values = self._cache.keys[layer], self._cache.values[layer]
@@ -126,7 +135,7 @@ class PagedAttention:
         heads, count, _ = query.shape
         out = query.new_empty(heads, count, value.shape[-1])
         for part in self._parts:
-            attended = self._attend(part, query, keys, values, scaling, window, softcap)
+            attended = self._attend(part, query, keys, values, scaling, window, softcap, sinks)
             out[:, part.rows] = attended
         return out.transpose(0, 1)
 
@@ -139,6 +148,7 @@ class PagedAttention:
         scaling: float,
         window: int | None,
         softcap: float | None,
+        sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """Return `[H, B * Q, Dv]`; the query heads that share a key head lie in one matrix product."""
         batch, rows = part.batch, part.rows_each
@@ -146,7 +156,9 @@ class PagedAttention:
         q = query.index_select(1, part.rows).view(kv_heads, shared, batch, rows, -1)
         q = q.transpose(1, 2).reshape(kv_heads, batch, shared * rows, -1)
         hidden = part.hidden(shared, window)
-        out = attend(q, part.gathered(keys), part.gathered(values), hidden, scaling, softcap)
+        if sinks is not None:
+            sinks = sinks.view(kv_heads, 1, shared, 1).expand(-1, -1, -1, rows).reshape(kv_heads, 1, shared * rows, 1)
+        out = attend(q, part.gathered(keys), part.gathered(values), hidden, scaling, softcap, sinks)
         out = out.reshape(kv_heads, batch, shared, rows, -1).transpose(1, 2)
         return out.reshape(query.shape[0], batch * rows, -1)
 
@@ -173,8 +185,11 @@ class ShapeProbe:
         scaling: float,
         window: int | None,
         softcap: float | None,
+        sinks: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Return zeros `[T, H, Dv]` and remember the layer."""
+        """Return zeros `[T, H, Dv]` and remember the layer; AnybitsError for one that attends twice."""
+        if layer in self.shapes:
+            raise AnybitsError(f"layer {layer} attends more than once in a forward: such a model cannot be served")
         self.shapes[layer] = LayerShape(key.shape[0], key.shape[-1], value.shape[-1])
         self._windows.append(window)
         return query.new_zeros(query.shape[1], query.shape[0], value.shape[-1])
