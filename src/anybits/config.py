@@ -125,6 +125,12 @@ def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
         raise AnybitsError(f"{name} '{value}' is unknown: choose {' or '.join(allowed)}")
 
 
+def names(pattern: str, module: str) -> bool:
+    """Return whether a pattern of `targets` names `module`: each part of the one stands for a part of the other."""
+    parts, wanted = module.split("."), pattern.split(".")
+    return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
+
+
 @dataclass(frozen=True)
 class StoredConfig:
     """`quantization_config` of a checkpoint's config.json: all that a reader needs, and how it was made.
@@ -218,12 +224,7 @@ class StoredConfig:
 
     def is_target(self, name: str) -> bool:
         """Return whether the module called `name` is quantized."""
-        parts = name.split(".")
-        return any(
-            len(parts) == pattern.count(".") + 1
-            and all(fnmatchcase(part, wanted) for part, wanted in zip(parts, pattern.split("."), strict=True))
-            for pattern in self.targets
-        )
+        return any(names(pattern, name) for pattern in self.targets)
 
     def up_to(self, max_precision: int) -> StoredConfig:
         """Return the config of the same checkpoint without the precisions above `max_precision`."""

@@ -133,7 +133,10 @@ class PlaneModule(nn.Module):
 
 
 class PlaneLinear(PlaneModule):
-    """nn.Linear over a PlaneWeight: y = x @ W_p.T + bias at the active precision p."""
+    """nn.Linear over a PlaneWeight: y = x @ W_p.T + bias at the active precision p.
+
+    transposed: whether it stands for transformers' Conv1D, whose weight is `[K, N]`; it computes the same.
+    """
 
     def __init__(
         self,
@@ -143,8 +146,10 @@ class PlaneLinear(PlaneModule):
         default: ModelPrecision,
         bias: bool = False,
         dtype: torch.dtype | None = None,
+        transposed: bool = False,
     ) -> None:
         super().__init__(in_features, out_features, group_size, default, dtype)
+        self.transposed = transposed
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False) if bias else None
         self._backend: kernels.Backend | None = None
         self._prepared: Any = None
@@ -290,8 +295,9 @@ def _equal(a: int | torch.Tensor, b: int | torch.Tensor) -> bool:
 class PlaneStack(PlaneModule):
     """The matrices of fused experts, `[E, N, K]`: `stack[e]` is expert e at the active precision.
 
-    It stands where the 3-D parameter stood, so the experts module's own forward runs unchanged.
-    The rows of all experts lie one after another in one PlaneWeight.
+    It stands where the 3-D parameter stood, so the experts module's own forward runs unchanged: one that indexes it, or
+    multiplies with all of it by `torch.bmm`. The rows of all experts lie one after another in one PlaneWeight.
+    transposed: whether the parameter was `[E, K, N]`; so is then what this gives.
     """
 
     def __init__(
@@ -300,10 +306,11 @@ class PlaneStack(PlaneModule):
         group_size: int | None,
         default: ModelPrecision,
         dtype: torch.dtype | None = None,
+        transposed: bool = False,
     ) -> None:
-        experts, rows, columns = shape
+        experts, rows, columns = (shape[0], shape[2], shape[1]) if transposed else shape
         super().__init__(columns, experts * rows, group_size, default, dtype)
-        self.experts, self.rows = experts, rows
+        self.experts, self.rows, self.shape, self.transposed = experts, rows, shape, transposed
 
     @property
     def dtype(self) -> torch.dtype:
@@ -314,11 +321,25 @@ class PlaneStack(PlaneModule):
         return self.experts
 
     def __getitem__(self, expert: int | torch.Tensor) -> torch.Tensor:
-        """Return expert `expert` as `[N, K]` in the compute dtype."""
+        """Return expert `expert` as the parameter had it, `[N, K]` or `[K, N]`, in the compute dtype."""
         wanted = self.own_precision(active(self.default))
         if not isinstance(wanted, int):
             raise AnybitsError(
                 "fused experts need one precision for the whole batch: rows of one batch reach an expert mixed"
             )
         start = int(expert) * self.rows
-        return self.plane_weight.rows(start, start + self.rows).dequantize(wanted).to(self.dtype)
+        matrix = self.plane_weight.rows(start, start + self.rows).dequantize(wanted).to(self.dtype)
+        return matrix.mT if self.transposed else matrix
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Multiply x `[E, M, K]` with every expert, as `torch.bmm` does with the dense stack; nothing else is known."""
+        if func is not torch.bmm or len(args) != 2 or kwargs or not isinstance(args[1], cls):
+            return NotImplemented
+        x, stack = args
+        out = x.new_zeros(stack.experts, x.shape[1], stack.shape[2])
+        for expert, rows in enumerate(x):
+            chosen = (rows != 0).any(-1).nonzero()[:, 0]  # a token that goes elsewhere is zeros here
+            if len(chosen):
+                out[expert, chosen] = rows[chosen] @ stack[expert]
+        return out

@@ -50,15 +50,19 @@ def make_dense(model: nn.Module, precision: Single) -> None:
     hf.forget_quantization(model)
 
 
-def _dense(module: PlaneModule, precision: Single) -> nn.Linear | nn.Parameter:
+def _dense(module: PlaneModule, precision: Single) -> nn.Module | nn.Parameter:
     own = module.own_precision(precision)
     assert isinstance(own, int)
     matrix = module.plane_weight.dequantize(own).to(module.weight.dtype)
     if isinstance(module, PlaneStack):
-        return nn.Parameter(matrix.view(module.experts, module.rows, -1), requires_grad=False)
+        stack = matrix.view(module.experts, module.rows, -1)
+        return nn.Parameter(stack.mT.contiguous() if module.transposed else stack, requires_grad=False)
+    assert isinstance(module, PlaneLinear)
     with torch.device("meta"):
         linear = nn.Linear(module.in_features, module.out_features, bias=False)
-    linear.weight = nn.Parameter(matrix, requires_grad=False)
-    if isinstance(module, PlaneLinear) and module.bias is not None:
+        if module.transposed:
+            linear = hf.Conv1D(module.out_features, module.in_features)
+    linear.weight = nn.Parameter(matrix.T.contiguous() if module.transposed else matrix, requires_grad=False)
+    if module.bias is not None:
         linear.bias = module.bias
     return linear

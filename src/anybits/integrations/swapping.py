@@ -9,6 +9,7 @@ from anybits.config import Single, StoredConfig
 from anybits.errors import AnybitsError
 from anybits.linear import PlaneLinear, PlaneModule, PlaneStack
 from anybits.precision import ModelPrecision
+from anybits.quantize.targets import is_linear, is_transposed, linear_shape
 
 
 def plane_modules(model: nn.Module) -> dict[str, PlaneModule]:
@@ -21,22 +22,24 @@ def swap_in_planes(
 ) -> dict[str, PlaneModule]:
     """Replace every target of `stored` by an empty plane module; return them by name.
 
-    A target is an nn.Linear, or a 3-D parameter `[E, N, K]` of fused experts.
+    A target is an nn.Linear, a Conv1D, or a 3-D parameter of fused experts, `[E, N, K]` or `[E, K, N]`.
     """
     swapped: dict[str, PlaneModule] = {}
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and stored.is_target(name):
-            new: PlaneModule = PlaneLinear(
-                module.in_features, module.out_features, stored.group_size, default, module.bias is not None, dtype
-            )
+        if is_linear(module) and stored.is_target(name):
+            rows, columns = linear_shape(module)
+            has_bias, turned = module.bias is not None, not isinstance(module, nn.Linear)
+            new: PlaneModule = PlaneLinear(columns, rows, stored.group_size, default, has_bias, dtype, turned)
             swapped[name] = new
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, new)
-        for leaf, parameter in list(module.named_parameters(recurse=False)):
+        stacks = {leaf: p for leaf, p in module.named_parameters(recurse=False) if p.ndim == 3}
+        layouts = {leaf: bool(is_transposed(module, leaf)) for leaf in stacks}  # asked while all are there
+        for leaf, parameter in stacks.items():
             full = f"{name}.{leaf}"
-            if parameter.ndim == 3 and stored.is_target(full):
+            if stored.is_target(full):
                 delattr(module, leaf)
-                swapped[full] = PlaneStack(parameter.shape, stored.group_size, default, dtype)
+                swapped[full] = PlaneStack(parameter.shape, stored.group_size, default, dtype, layouts[leaf])
                 setattr(module, leaf, swapped[full])
                 run_experts_eagerly(model)
     if not swapped:

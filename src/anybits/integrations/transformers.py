@@ -29,6 +29,7 @@ from transformers.cache_utils import (  # noqa: F401
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa_attention  # noqa: F401
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.pytorch_utils import Conv1D  # noqa: F401
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -45,6 +46,7 @@ from anybits.integrations.swapping import (
 )
 from anybits.precision import FIRST_PROFILE, ModelPrecision, Precision
 from anybits.precision import precision as scoped
+from anybits.quantize.targets import is_transposed, linear_shape
 from anybits.weight import LEVEL_KINDS, PlaneWeight
 
 
@@ -396,8 +398,11 @@ def plain_config(model: PreTrainedModel) -> dict[str, Any]:
 def in_features(model: nn.Module, module: str) -> int:
     """Return K of the target `module` of a float model: of a linear layer or of a stack of experts."""
     parent, _, leaf = module.rpartition(".")
-    found = getattr(model.get_submodule(parent), leaf)
-    return found.in_features if isinstance(found, nn.Linear) else found.shape[-1]
+    holder = model.get_submodule(parent)
+    found = getattr(holder, leaf)
+    if isinstance(found, nn.Module):
+        return linear_shape(found)[1]
+    return int(found.shape[-2 if is_transposed(holder, leaf) else -1])
 
 
 def save_companions(source: str, folder: Path, model: PreTrainedModel) -> None:

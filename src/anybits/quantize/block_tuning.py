@@ -22,11 +22,9 @@ from anybits.weight import AffineLevels, PlaneWeight
 FLOAT_SHARE = 0.5
 
 
-def dense(
-    weights: Mapping[str, PlaneWeight], targets: list[Target], precision: int, like: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
+def dense(weights: Mapping[str, PlaneWeight], targets: list[Target], precision: int) -> dict[str, torch.Tensor]:
     """Return every target's dequantized matrix in the shape of its parameter, by parameter name."""
-    return {t.parameter: weights[t.module].dequantize(precision).view(like[t.parameter].shape) for t in targets}
+    return {t.parameter: t.shaped(weights[t.module].dequantize(precision)) for t in targets}
 
 
 def tune(
@@ -45,7 +43,6 @@ def tune(
     the model quantized at `precision` so far; wanted: the float block's outputs for the float inputs.
     """
     generator = torch.Generator().manual_seed(recipe.seed)
-    like = dict(runner.block.named_parameters())
     tuned = {name: trainable(weight, precision) for name, weight in weights.items()}
     leaves = [t for weight in tuned.values() for t in weight.levels.tensors(precision).values()]
     optimizer = torch.optim.Adam(leaves, lr=recipe.learning_rate)
@@ -57,7 +54,7 @@ def tune(
         x, q = float_inputs[index], quantized_inputs[index]
         from_float = torch.rand(x.shape, generator=generator) < FLOAT_SHARE
         with torch.enable_grad():
-            output = runner(torch.where(from_float, x, q), dense(tuned, targets, precision, like))
+            output = runner(torch.where(from_float, x, q), dense(tuned, targets, precision))
             loss = (output - wanted[index]).square().mean() / scale
             loss.backward()
         optimizer.step()

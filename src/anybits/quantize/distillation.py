@@ -147,8 +147,7 @@ class Distillation:
         return self._runners[index](x, self._dense(index, weights, precision))
 
     def _dense(self, index: int, weights: Weights, precision: int) -> dict[str, torch.Tensor]:
-        like = dict(self._runners[index].block.named_parameters())
-        return block_tuning.dense(weights, self._targets[index], precision, like)
+        return block_tuning.dense(weights, self._targets[index], precision)
 
     def _compared(
         self, hidden: torch.Tensor, taught: torch.Tensor, precision: int, differentiate: bool

@@ -18,7 +18,7 @@ from anybits.quantize.hessian import Moments, problem
 from anybits.quantize.layerwise import EXPERT_MEMORY
 from anybits.quantize.pipeline import REST_BYTES, walk_bytes
 from anybits.quantize.source import Source
-from anybits.quantize.targets import Target, find_targets, has_experts
+from anybits.quantize.targets import Target, all_targets, has_experts
 from anybits.weight import group_count
 
 LIBRARIES = 450 << 20
@@ -62,7 +62,7 @@ def estimate(model: nn.Module, recipe: Recipe, expert_memory: int = EXPERT_MEMOR
     expert_memory: as of pipeline.quantize.
     """
     source = Source(model)
-    targets = [find_targets(block) for block in source.blocks]
+    targets = all_targets(source.model)
     tokens = recipe.samples * recipe.seq_len if recipe.needs_text else 0
     shape = _Shape(source, targets, tokens, recipe, expert_memory)
     return Estimate(shape.weights, shape.seconds(), shape.memory(), shape.disk())

@@ -107,7 +107,10 @@ class Mixture(ABC):
     def explore(self, hidden: torch.Tensor) -> None:
         """Find the stages, and raise Unsupported when a matrix has no place in them."""
         x, _ = self.routed(hidden, None)
-        heard = self._run(0, x[:2], {}, None).heard
+        try:
+            heard = self._run(0, x[:2], {}, None).heard
+        except Exception as error:  # whatever the model's own code makes of a call that it does not expect
+            raise Unsupported(f"one expert cannot be run by itself: {error}") from None
         found: dict[int, list[str]] = {}
         for name, seen in heard.items():  # all alive, so equal addresses mean the same tensor
             found.setdefault(seen.data_ptr(), []).append(name)
@@ -156,7 +159,8 @@ class Stacked(Mixture):
         module = self.runner.block.get_submodule(self.name)
         # A stack of which only this expert's matrix is read.
         own = {leaf: dense[t.parameter] for leaf, t in self.stacks.items() if t.parameter in dense}
-        stacks = {leaf: matrix.expand(self.count, *matrix.shape) for leaf, matrix in own.items()}
+        turned = {leaf: self.stacks[leaf].turned(matrix) for leaf, matrix in own.items()}
+        stacks = {leaf: matrix.expand(self.count, *matrix.shape) for leaf, matrix in turned.items()}
         listener = _Listener({stacks.get(leaf, module.get_parameter(leaf)): leaf for leaf in self.stacks}, stop)
         chosen = torch.full((len(x), 1), expert)
         with listener:
@@ -221,8 +225,12 @@ class Listed(Mixture):
         return listener
 
 
+_PRODUCTS = (F.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
+"""What multiplies rows with the matrix of an expert, `[N, K]` or `[K, N]`."""
+
+
 class _Listener(TorchFunctionMode):
-    """Notes what linear products with some matrices, or with members of some stacks, get; leave it by `stop`.
+    """Notes what products with some matrices, or with members of some stacks, get; leave it by `stop`.
 
     heard: name -> rows `[n, K]`, in the order of the products.
     """
@@ -235,7 +243,7 @@ class _Listener(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.linear:
+        if func in _PRODUCTS:
             x, matrix = (*args, *kwargs.values())[:2]
             name = self._names.get(matrix.data_ptr())
             if name is not None:

@@ -11,10 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from anybits.quantize.blocks import BlockRunner, HiddenStates, together
-from anybits.quantize.targets import Target
+from anybits.quantize.targets import Target, is_linear, linear_shape
 
 
 @dataclass
@@ -168,7 +167,7 @@ def stages(
     experts, are left out.
     """
     modules = dict(runner.block.named_modules())
-    linear = [t.module for t in targets if isinstance(modules.get(t.module), nn.Linear)]
+    linear = [t.module for t in targets if is_linear(modules.get(t.module))]
     seen = Watch(runner, [*linear, *alone]).inputs(hidden, None, whole=True)
     found: dict[tuple[int | str, torch.Size], list[str]] = {}
     for name, x in seen.items():  # all alive, so equal addresses mean the same tensor
@@ -204,9 +203,7 @@ def collect(
 
 
 def _width(runner: BlockRunner, name: str) -> int:
-    layer = runner.block.get_submodule(name)
-    assert isinstance(layer, nn.Linear)
-    return layer.in_features
+    return linear_shape(runner.block.get_submodule(name))[1]
 
 
 class Sums:

@@ -16,7 +16,7 @@ from anybits.quantize.data_aware import improve, join_rows
 from anybits.quantize.expert_moments import Dense, Loan, Reach, Routed
 from anybits.quantize.experts import Mixture, Part, find_mixtures
 from anybits.quantize.hessian import Moments, Watch, collect, stages
-from anybits.quantize.targets import Target, matrix
+from anybits.quantize.targets import Target
 from anybits.weight import PlaneWeight
 
 logger = logging.getLogger(__name__)
@@ -146,7 +146,7 @@ class _Work:
     def _improve(self, parts: list[Part], moments: Moments) -> list[PlaneWeight]:
         """Return better weights of matrices that see the same input; moments are used up."""
         # One pass over the columns serves all of them: their rows are independent.
-        together = torch.cat([matrix(self.like[p.target.parameter], slice(p.start, p.stop)) for p in parts])
+        together = torch.cat([p.target.rows(self.like[p.target.parameter], slice(p.start, p.stop)) for p in parts])
         start = join_rows([self.start[p.target.module].rows(p.start, p.stop) for p in parts])
         better = improve(together, start, moments, self.settings, True)
         ends = torch.tensor([p.stop - p.start for p in parts]).cumsum(0).tolist()
@@ -157,7 +157,7 @@ class _Work:
         self.weights[target.module] = better
         if needed:
             for p, dense in zip(self.precisions, self.replaced, strict=True):
-                dense[target.parameter] = better.dequantize(p).view(self.like[target.parameter].shape)
+                dense[target.parameter] = target.shaped(better.dequantize(p))
 
 
 def _is_seen(mixture: Mixture, later: list[str], hidden: torch.Tensor) -> bool:

@@ -32,9 +32,10 @@ from anybits.quantize.distillation import Distillation, Outcome
 from anybits.quantize.expert_moments import Reach
 from anybits.quantize.head import find_head, head_moments, quantize_head
 from anybits.quantize.interruptions import explained
+from anybits.quantize.left_out import left_out, sentence
 from anybits.quantize.sensitivity import Sensitivity
 from anybits.quantize.source import Source
-from anybits.quantize.targets import Target, find_targets, has_experts, matrix, target_patterns
+from anybits.quantize.targets import Target, all_targets, has_experts, target_patterns
 from anybits.quantize.tuned_levels import TunedLevels
 from anybits.weight import PlaneWeight
 
@@ -94,6 +95,7 @@ def quantize(
     with explained(out):
         writer = CheckpointWriter(out)
         run = _Run(Source(model, weights), recipe, calibration, writer, progress or Progress(), expert_memory)
+        run.check_and_announce()
         _claim(out, run.fingerprint(model_config, version))
         complete = (out / "config.json").exists()  # a run that was stopped in its last step
         rest = [] if complete else run.quantize()
@@ -183,10 +185,22 @@ class _Run:
         self.writer, self.progress = writer, progress
         self.expert_memory, self.reach = expert_memory, Reach()
         self.prefix, self.blocks = source.prefix, source.blocks
-        self.targets = [find_targets(block) for block in self.blocks]
+        self.targets = all_targets(source.model)
         self.head = find_head(source.model) if recipe.quantize_lm_head else None
         self.sensitivity: Sensitivity | None = None
         self.tuned = TunedLevels(writer.folder / DISTILLED_FOLDER, source.prefix)
+
+    def check_and_announce(self) -> None:
+        """Raise AnybitsError for a model whose blocks text cannot be followed through; say what is not quantized."""
+        shared = self.source.shared()
+        if shared and self.recipe.needs_text:
+            raise AnybitsError(
+                f"{type(self.source.model).__name__} has blocks that share {shared}: calibration would fit it anew in "
+                "each of them, use preset fast"
+            )
+        left = left_out(self.source, self.targets, self.head)
+        if left:
+            logger.warning(sentence(left))
 
     def shard_names(self) -> list[str]:
         """Return the shards of blocks and head, in the order in which they are written."""
@@ -299,11 +313,10 @@ class _Run:
 
     def _quantize_one(self, index: int, target: Target, sensitivity: torch.Tensor | None) -> PlaneWeight:
         parameter = self.blocks[index].get_parameter(target.parameter)
-        flat = None if sensitivity is None else sensitivity.view(-1, target.in_features)
-        parts = [
-            data_free.quantize_matrix(matrix(parameter, rows), self.recipe, None if flat is None else flat[rows])
-            for rows in target.slices()
-        ]
+        parts = []
+        for rows in target.slices():
+            wanted = None if sensitivity is None else target.rows(sensitivity, rows)
+            parts.append(data_free.quantize_matrix(target.rows(parameter, rows), self.recipe, wanted))
         return parts[0] if len(parts) == 1 else join_rows(parts)
 
     def _fit_and_move(
@@ -312,7 +325,6 @@ class _Run:
         """Fit the block's weights to the data, then move every path of `walk` behind this block."""
         recipe, targets = self.recipe, self.targets[index]
         runner = BlockRunner(self.blocks[index], walk.inputs.arguments[index])
-        like = dict(runner.block.named_parameters())
         if fit and recipe.uses_hessian and recipe.data_aware is not None:
             inputs, keep = (walk.float_path, walk.paths), walk.keeper.keep
             weights = layerwise.improve_block(
@@ -324,7 +336,7 @@ class _Run:
                 seen = walk.float_path.batches, path.batches, wanted.batches
                 weights = block_tuning.tune(runner, targets, weights, p, *seen, recipe)
             with torch.no_grad():
-                replaced = block_tuning.dense(weights, targets, p, like)
+                replaced = block_tuning.dense(weights, targets, p)
             walk.paths[p] = runner.run_all(path, lambda replaced=replaced: replaced, walk.keeper.keep)  # type: ignore[misc]
         walk.float_path, walk.as_tuple = wanted, runner.as_tuple
         return weights
@@ -381,7 +393,7 @@ class _Run:
         for target in self.targets[index]:
             parameter, quantized = self.blocks[index].get_parameter(target.parameter), weights[target.module]
             for rows in target.slices():
-                weight = matrix(parameter, rows)
+                weight = target.rows(parameter, rows)
                 total += float(weight.square().sum())
                 for p in errors:
                     error = quantized.rows(rows.start, rows.stop).dequantize(p) - weight

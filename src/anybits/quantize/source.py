@@ -37,6 +37,13 @@ class Source:
         """Return the width of what goes from block to block."""
         return int(self.model.config.get_text_config().hidden_size)  # type: ignore[union-attr, operator]
 
+    def shared(self) -> str | None:
+        """Return the name of a weight that several blocks share, None where there is none."""
+        within = f"{self.prefix}."
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        names = (name for name, other in tied.items() if name.startswith(within) and other.startswith(within))
+        return next(names, None)
+
     def read(self, name: str) -> torch.Tensor:
         """Return the tensor called `name`."""
         tensor = self.tensors[name]
