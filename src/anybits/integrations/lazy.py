@@ -27,6 +27,8 @@ def skeleton(path: str) -> hf.PreTrainedModel:
                 return hf.AutoModelForCausalLM.from_config(config, dtype=config.dtype)
         except (OSError, ValueError, KeyError) as error:
             reason = hf.first_line(error)
+            if reason.startswith("Unrecognized configuration class"):
+                reason = f"{config.model_type} is another kind of model; its language model has to be saved by itself"
             raise AnybitsError(f"{path} cannot be loaded as a causal language model: {reason}") from None
 
 
