@@ -58,8 +58,7 @@ def dense(source: Source, weights: list[Weights], heads: dict[str, PlaneWeight],
     found = {name: weight.dequantize(p) for name, weight in heads.items()}
     for index, own in enumerate(weights):
         block = model.get_submodule(source.prefix)[index]
-        like = dict(block.named_parameters())
-        for name, value in block_tuning.dense(own, find_targets(block), p, like).items():
+        for name, value in block_tuning.dense(own, find_targets(block), p).items():
             found[f"{source.prefix}.{index}.{name}"] = value
     return found
 
