@@ -225,12 +225,38 @@ def test_a_stopped_run_resumes_to_the_same_bytes(tmp_path: Path, llama_folder: P
         assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes(), path.name
 
 
+def test_text_ends_where_the_context_does(
+    quantized: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = hf.load_model(quantized), hf.load_tokenizer(quantized)
+    prompt = len(tokenizer("abc")["input_ids"])
+    monkeypatch.setattr(model.config, "max_position_embeddings", prompt + 4)
+    assert hf.generate_text(model, tokenizer, "abc", 100)[1] <= 4
+    assert f"4 new tokens at most: the model's context ends at {prompt + 4} tokens" in caplog.text
+    monkeypatch.setattr(model.config, "max_position_embeddings", prompt)
+    with pytest.raises(AnybitsError, match=f"the prompt has {prompt} tokens, and the model's context {prompt}"):
+        hf.generate_text(model, tokenizer, "abc", 1)
+
+
+def test_a_damaged_source_gets_one_sentence(tmp_path: Path, llama_folder: Path) -> None:
+    shutil.copytree(llama_folder, tmp_path / "cut")
+    weights = next((tmp_path / "cut").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(AnybitsError, match="cut cannot be loaded as a causal language model"):
+        quantize_model(str(tmp_path / "cut"), tmp_path / "out", FAST)
+
+
+def test_a_default_without_its_dataset_says_what_to_give(tmp_path: Path, llama_folder: Path) -> None:
+    with pytest.raises(AnybitsError, match="give a text file with --calibration, or choose --preset fast"):
+        quantize_model(str(llama_folder), tmp_path / "out", Recipe())
+
+
 def test_bad_sources_get_one_sentence(tmp_path: Path, llama_folder: Path, quantized: Path) -> None:
     def quantize(source: Path, out: str = "o", recipe: Recipe = FAST, text: list[str] | None = None) -> object:
         return lambda: quantize_model(str(source), tmp_path / out, recipe, text)
 
     cases = {
-        "cannot be loaded as a causal language model": quantize(tmp_path / "none"),
+        "does not exist: give a model's folder": quantize(tmp_path / "none"),
         "already holds a model": lambda: quantize_model(str(llama_folder), quantized, FAST),
         "is quantized already": quantize(quantized),
         "cannot be read|pip install": quantize(llama_folder, recipe=Recipe()),

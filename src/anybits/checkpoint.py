@@ -158,7 +158,7 @@ def read_stored_config(folder: Path) -> StoredConfig:
         raise AnybitsError(f"{path} cannot be read as JSON: {error}") from None
     stored = config.get("quantization_config") if isinstance(config, dict) else None
     if not isinstance(stored, dict):
-        raise AnybitsError(f"{folder} is not quantized: its config.json has no quantization_config")
+        raise AnybitsError(f"{folder} is not quantized: give a folder that `anybits quantize` wrote")
     return StoredConfig.from_dict(stored)
 
 

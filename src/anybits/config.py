@@ -78,7 +78,12 @@ def parse_precisions(text: str) -> tuple[int, ...]:
     try:
         for part in text.split(","):
             first, dash, last = part.strip().partition("-")
-            numbers.update(range(int(first), int(last if dash else first) + 1))
+            covered = range(int(first), int(last if dash else first) + 1)
+            if not covered:
+                raise AnybitsError(f"precisions '{text}' run downwards: write {int(last)}-{int(first)}")
+            numbers.update(covered)
+    except AnybitsError:
+        raise
     except ValueError:
         raise AnybitsError(f"precisions '{text}' cannot be read: write a range 2-4 or a list 2,3,4") from None
     return check_precisions(tuple(sorted(numbers)))
@@ -381,6 +386,9 @@ class Recipe:
         check_precisions(self.precisions)
         check_group_size(self.group_size)
         check_scale_bits(self.scale_bits)
+        if self.method == "any-precision" and (self.symmetric or self.scale_bits != 16):
+            what = "symmetric" if self.symmetric else "scale_bits"
+            raise AnybitsError(f"{what} belongs to method anybcq: any-precision has codebooks, not scales and offsets")
         for name in ("rounds", "steps", "distillation_steps", "batch", "samples", "seq_len"):
             least = 0 if name in ("rounds", "steps", "distillation_steps") else 1
             value = getattr(self, name)

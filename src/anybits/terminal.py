@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +27,11 @@ from anybits.evaluate.report import Evaluation
 from anybits.quantize.distillation import Outcome
 from anybits.quantize.estimate import Estimate
 from anybits.quantize.pipeline import BlockReport, Progress
+
+
+def program() -> str:
+    """Return what to type for anybits: its path where the shell does not find the name."""
+    return "anybits" if shutil.which("anybits") else os.path.relpath(sys.argv[0])
 
 
 def _bar(console: Console) -> Bar:

@@ -58,7 +58,7 @@ def quantize(
     """
     from anybits.config import Recipe, parse_precisions
     from anybits.integrations.quantizing import estimate_model, quantize_model
-    from anybits.terminal import estimate_table, shown_progress
+    from anybits.terminal import estimate_table, program, shown_progress
 
     recipe = Recipe(
         method=method,
@@ -80,8 +80,9 @@ def quantize(
         return
     with shown_progress(console) as progress:
         quantize_model(model, out, recipe, calibration, device, progress, memory)
-    console.print(f"wrote {out}: precisions {', '.join(map(str, recipe.precisions))}")
-    console.print(f"next: anybits generate {out} --precision {recipe.precisions[0]} --prompt 'def fib(n):'")
+    console.print(f"wrote {out}: precisions {', '.join(map(str, recipe.precisions))}", soft_wrap=True)
+    command = f"{program()} generate {out} --precision {recipe.precisions[0]} --prompt 'def fib(n):'"
+    console.print(f"next: {command}", highlight=False, soft_wrap=True)
 
 
 @app.command(rich_help_panel="Main")

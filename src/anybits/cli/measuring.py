@@ -37,7 +37,9 @@ def evaluate(
         str | None, typer.Option(help="The original float model: adds its perplexity, KL divergence and agreement.")
     ] = None,
     json_: Annotated[Path | None, typer.Option("--json", help="Write the result as JSON.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write a plot of perplexity against bytes (PNG).")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Write a plot of perplexity against bytes (.png, .svg or .pdf).")
+    ] = None,
     activation_bits: ActivationBits = None,
 ) -> None:
     """Measure perplexity at each precision, and closeness to the float model; or run lm-eval tasks.
@@ -52,6 +54,7 @@ def evaluate(
     chosen = hf.stored_config(model).singles if precisions is None else parse_singles(precisions)
     if sum(given is not None for given in (text, dataset, tasks)) != 1:
         raise AnybitsError("eval needs one thing to measure: --text FILE, --dataset NAME or --tasks TASK[,TASK]")
+    report.check_outputs(json_, plot)
     if tasks is not None:
         _run_tasks(model, tasks, chosen, include_path, limit, json_)
         return

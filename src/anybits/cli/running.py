@@ -42,7 +42,10 @@ def generate(
     from anybits.integrations import transformers as hf
 
     chosen = hf.chosen_device(device)
-    loaded, tokenizer = hf.load_model(model, max_precision=precision).to(chosen), hf.load_tokenizer(model)
+    stored, most = hf.stored_config(model), None if schedule is not None else precision
+    if most is not None and draft_precision is not None:
+        most = str(max(stored.planes_of(most), stored.planes_of(draft_precision)))
+    loaded, tokenizer = hf.load_model(model, max_precision=most).to(chosen), hf.load_tokenizer(model)
     if static_cache is None and (static_cache := chosen != "cpu") and (reason := static_decode.refusal(loaded)):
         typer.echo(f"no CUDA graphs: {reason}", err=True)
         static_cache = False

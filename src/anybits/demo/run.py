@@ -21,7 +21,7 @@ from anybits.evaluate.evaluation import evaluate
 from anybits.integrations import transformers as hf
 from anybits.integrations.quantizing import quantize_model
 from anybits.precision import precision as scoped
-from anybits.terminal import counted, shown_progress
+from anybits.terminal import counted, program, shown_progress
 
 PRECISIONS = (2, 3, 4, 5)
 PROMPT = "import os\nimport sys\n\ndef main("
@@ -61,7 +61,8 @@ def run_demo(out: Path, console: Console) -> None:
     write_json(out / "demo.json", {method: e.to_dict() for method, e in evaluations.items()})
     report.plot([(TITLES[m], e) for m, e in evaluations.items()], out / "demo.png")
     console.print(f"plot: {out / 'demo.png'}   figures: {out / 'demo.json'}", highlight=False)
-    console.print(f"try: anybits generate {out / METHODS[0]} --precision 3 --prompt 'import os'", highlight=False)
+    command = f"{program()} generate {out / METHODS[0]} --precision 3 --prompt 'import os'"
+    console.print(f"try: {command}", highlight=False, soft_wrap=True)
 
 
 def _samples(folder: Path) -> dict[Single, Sample]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from anybits.integrations import swapping
 from anybits.integrations import transformers as hf
 from anybits.precision import precision as scoped
 from anybits.quantize.documents import Corpus, evaluation_corpus
+
+logger = logging.getLogger(__name__)
 
 
 def read_text(path: str | Path) -> str:
@@ -62,6 +65,9 @@ def evaluate(
     else:
         assert stride is not None
         windows, fresh = perplexity.stride_windows(ids, seq_len, stride, max_tokens)
+    context = hf.context_length(model)
+    if context is not None and max(window.shape[1] for window in windows) > context:
+        logger.warning("windows of %d tokens are longer than the model's context of %d tokens", seq_len, context)
     original = hf.load_float_model(reference) if reference is not None else None
     scores, own = perplexity.score(
         windows, [_at(model, p) for p in precisions], None if original is None else _plain(original), progress, fresh

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -60,12 +61,30 @@ class Chart:
     log_y: bool = False
 
 
+PLOT_KINDS = (".png", ".svg", ".pdf")
+
+
+def check_outputs(json_file: Path | None, plot_file: Path | None) -> None:
+    """Raise AnybitsError, before anything is measured, when a result could not be written afterwards."""
+    for path in (json_file, plot_file):
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+            why = "is a folder" if path.is_dir() else f"cannot be written: there is no folder {path.parent}"
+            raise AnybitsError(f"{path} {why}")
+    if plot_file is not None and plot_file.suffix.lower() not in PLOT_KINDS:
+        raise AnybitsError(f"plot {plot_file} must be named {' or '.join(PLOT_KINDS)}")
+    if plot_file is not None and importlib.util.find_spec("matplotlib") is None:
+        raise AnybitsError(_NO_MATPLOTLIB)
+
+
+_NO_MATPLOTLIB = "drawing a plot needs: pip install 'anybits[plot]'"
+
+
 def draw(chart: Chart, path: Path) -> None:
-    """Write a chart as PNG; raise AnybitsError when matplotlib is not installed."""
+    """Write a chart as PNG, SVG or PDF; raise AnybitsError when matplotlib is not installed."""
     try:
         import matplotlib
     except ImportError:
-        raise AnybitsError("drawing a plot needs: pip install 'anybits[plot]'") from None
+        raise AnybitsError(_NO_MATPLOTLIB) from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

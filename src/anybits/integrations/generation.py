@@ -185,10 +185,10 @@ def plan(
     """
     draft_precision = None if draft_precision is None else hf.checked(draft_precision, default)
     schedule = parse_schedule(schedule) if isinstance(schedule, str) else schedule
-    for one in () if schedule is None else schedule.precisions:
-        hf.checked(one, default)
     if schedule is not None and precision is not None:
         raise AnybitsError("a schedule names its precisions itself: leave the precision out")
+    for one in () if schedule is None else schedule.precisions:
+        hf.checked(one, default)
     precision = hf.checked(active(default) if precision is None else precision, default)
     if schedule is not None and draft_precision is not None:
         raise AnybitsError("a schedule and a draft precision contradict each other: give one of them")
@@ -198,8 +198,7 @@ def plan(
         raise AnybitsError(f"draft_tokens is {draft_tokens}: it must be 1 to {MAX_DRAFT}")
     if any(isinstance(p, torch.Tensor) for p in (precision, draft_precision)):
         raise AnybitsError("drafts need one precision for the sequence, not one for each row")
-    if draft_precision is not None and draft_precision == precision:
-        raise AnybitsError(f"draft precision {draft_precision} is the precision itself: give a lower one")
+    _refuse_high_draft(draft_precision, precision)
     counts = Statistics() if statistics is None else statistics
     made = Plan(precision, draft_precision, schedule, statistics=counts, decoders=decoders)
     if draft_tokens is not None:
@@ -207,6 +206,14 @@ def plan(
     elif draft_precision is not None:
         made.length = lengths.setdefault((precision, draft_precision), made.length)
     return made
+
+
+def _refuse_high_draft(draft: Precision | None, precision: Precision) -> None:
+    """Raise AnybitsError when drafts would take as long as what verifies them, or longer."""
+    if draft is not None and draft == precision:
+        raise AnybitsError(f"draft precision {draft} is the precision itself: give a lower one")
+    if isinstance(draft, int) and isinstance(precision, int) and draft > precision:
+        raise AnybitsError(f"draft precision {draft} is above the precision {precision}: give a lower one")
 
 
 def _refuse(input_ids: torch.Tensor, config: Any, model_kwargs: dict[str, Any]) -> None:

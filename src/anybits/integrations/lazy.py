@@ -19,10 +19,9 @@ from anybits.integrations import transformers as hf
 
 def skeleton(path: str) -> hf.PreTrainedModel:
     """Return the float model on the meta device, in its stored dtype; raises AnybitsError like load_float_model."""
+    config = hf.float_config(path)
     with hf.quiet_transformers():
         try:
-            config = hf.AutoConfig.from_pretrained(path)
-            hf.refuse_quantized(path, config)
             with torch.device("meta"):
                 return hf.AutoModelForCausalLM.from_config(config, dtype=config.dtype)
         except (OSError, ValueError, KeyError) as error:

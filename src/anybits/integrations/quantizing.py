@@ -44,6 +44,8 @@ def quantize_model(
     if device not in ("auto", "cpu"):
         raise AnybitsError(f"device '{device}' is unknown: quantization runs on auto or cpu")
     folder = Path(out)
+    pipeline.refuse_occupied(folder)  # wrong paths are told before a dataset is read
+    hf.float_config(source)
     texts = _texts(recipe, calibration)
     model, weights = lazy.load_lazily(source, folder / OFFLOAD_FOLDER)
     swapping.run_experts_eagerly(model)
@@ -76,7 +78,13 @@ def _texts(recipe: Recipe, calibration: str | Sequence[str] | None) -> list[str]
             raise AnybitsError("preset fast uses no calibration text: leave it out, or choose preset default")
         return None
     if calibration is None:
-        calibration = DEFAULT_DATASET
+        try:
+            return read_texts(DEFAULT_DATASET)
+        except AnybitsError as error:
+            raise AnybitsError(
+                f"preset {recipe.preset} needs calibration text: give a text file with --calibration, or choose "
+                f"--preset fast, which needs none (the default is a dataset: {error})"
+            ) from None
     return read_texts(calibration) if isinstance(calibration, str) else list(calibration)
 
 

@@ -39,6 +39,7 @@ from anybits.decode.draft_length import DraftLength
 from anybits.decode.schedule import Schedule
 from anybits.decode.statistics import Statistics
 from anybits.errors import AnybitsError
+from anybits.integrations.locating import check_source
 from anybits.integrations.swapping import (
     model_precision,
     plane_modules,
@@ -48,6 +49,8 @@ from anybits.precision import FIRST_PROFILE, ModelPrecision, Precision
 from anybits.precision import precision as scoped
 from anybits.quantize.targets import is_transposed, linear_shape
 from anybits.weight import LEVEL_KINDS, PlaneWeight
+
+logger = logging.getLogger(__name__)
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -223,7 +226,7 @@ def stored_config(path: str | Path) -> StoredConfig:
         raise AnybitsError(f"{path} is neither a model folder nor a reachable hub name: {first_line(error)}") from None
     stored = getattr(config, "quantization_config", None)
     if not isinstance(stored, dict):
-        raise AnybitsError(f"{path} is not quantized: its config.json has no quantization_config")
+        raise AnybitsError(f"{path} is not quantized: give a folder that `anybits quantize` wrote")
     return StoredConfig.from_dict(stored)
 
 
@@ -255,15 +258,27 @@ def chosen_device(asked: str) -> str:
     return asked
 
 
+def float_config(path: str) -> Any:
+    """Return the config of a float model (folder or hub name); raise AnybitsError when there is none."""
+    check_source(path)
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise AnybitsError(f"{path} cannot be loaded as a causal language model: {first_line(error)}") from None
+    refuse_quantized(path, config)
+    return config
+
+
 def load_float_model(path: str, **kwargs: Any) -> PreTrainedModel:
     """Load the float model that is to be quantized or compared with, in its stored dtype unless told otherwise."""
+    float_config(path)
     with quiet_transformers():
         try:
-            model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
-        except (OSError, ValueError, KeyError) as error:
+            return AutoModelForCausalLM.from_pretrained(path, **kwargs)
+        except Exception as error:  # a damaged file breaks safetensors, pickle or the model's own code
+            if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:
+                raise  # of this machine, not of the model
             raise AnybitsError(f"{path} cannot be loaded as a causal language model: {first_line(error)}") from None
-    refuse_quantized(path, model.config)
-    return model
 
 
 def refuse_quantized(path: str, config: Any) -> None:
@@ -288,6 +303,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(path)
     except Exception as error:  # the tokenizers library raises Exception itself for a damaged file
+        if Path(path).is_dir() and not any(Path(path).glob("*token*")) and not any(Path(path).glob("vocab*")):
+            raise AnybitsError(f"{path} has no tokenizer: put tokenizer.json and its companions there") from None
         raise AnybitsError(f"{path} has no tokenizer that can be loaded: {first_line(error)}") from None
 
 
@@ -368,11 +385,13 @@ def generate_text(
     """Return the continuation of `prompt` and its number of tokens, at the active precision.
 
     temperature 0 is greedy; with `stream` the text is also written to the terminal as it comes; passes: what an
-    anybits model's `generate` takes more than others (draft_precision, schedule, ...).
+    anybits model's `generate` takes more than others (draft_precision, schedule, ...). Text ends where the model's
+    context does, with a warning; a prompt that leaves no room in it raises AnybitsError, as an empty one does.
     """
     encoded = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     if encoded["input_ids"].numel() == 0:
         raise AnybitsError("the prompt is empty: give at least one token to continue")
+    max_new_tokens = _room(model, encoded["input_ids"].shape[1], max_new_tokens)
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     streamer = transformers.TextStreamer(tokenizer, skip_special_tokens=True) if stream else None
@@ -382,6 +401,21 @@ def generate_text(
     )
     new = output[0, encoded["input_ids"].shape[1] :]
     return tokenizer.decode(new, skip_special_tokens=True), len(new)
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """Return the tokens that `model` was made for, prompt and answer together; None when its config does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def _room(model: PreTrainedModel, prompt: int, wanted: int) -> int:
+    """Return how many of `wanted` new tokens fit behind `prompt` tokens into the model's context."""
+    context = context_length(model) or prompt + wanted
+    if prompt >= context:
+        raise AnybitsError(f"the prompt has {prompt} tokens, and the model's context {context}: shorten the prompt")
+    if wanted > context - prompt:
+        logger.warning("%d new tokens at most: the model's context ends at %d tokens", context - prompt, context)
+    return min(wanted, context - prompt)
 
 
 def encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], list[int]]:

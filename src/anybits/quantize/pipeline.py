@@ -136,9 +136,17 @@ def _claim(out: Path, fingerprint: str) -> None:
                 "repeat that run to resume it, or choose another folder"
             )
         return
-    if (out / "config.json").exists() or any(out.glob("*.safetensors")):
-        raise AnybitsError(f"{out} already holds a model: choose another folder or remove it first")
+    refuse_occupied(out)
     write_json(state, {"fingerprint": fingerprint})
+
+
+def refuse_occupied(out: Path) -> None:
+    """Raise AnybitsError when no run can write to `out`: it is a file, or holds a finished model."""
+    if out.exists() and not out.is_dir():
+        raise AnybitsError(f"{out} is a file: choose a folder for the result")
+    finished = (out / "config.json").exists() or any(out.glob("*.safetensors"))
+    if finished and not (out / STATE_FILE).exists():
+        raise AnybitsError(f"{out} already holds a model: choose another folder or remove it first")
 
 
 def walk_bytes(tokens: int, hidden: int, precisions: int, experts: bool) -> int:
