@@ -181,7 +181,9 @@ WRONG = [
     ({"temperature": 3}, 400, "temperature", "less than or equal to 2"),
     ({"top_p": 0}, 400, "top_p", "greater than 0"),
     ({"n": 33}, 400, "n", "at most 32"),
-    ({"echo": True}, 400, None, "echo is not supported"),
+    ({"echo": True}, 400, "echo", "echo is not supported"),
+    ({"min_p": 0.1}, 400, "min_p", "min_p is not supported"),
+    ({"precison": 2}, 400, "precison", "precison is unknown: did you mean precision?"),
     ({"stop": [""]}, 400, "stop", "at least 1 character"),
 ]
 
@@ -200,6 +202,52 @@ def test_a_body_that_is_no_request_gets_400(server: Server, body: bytes) -> None
     answer = server.http.post("/v1/completions", content=body, headers={"content-type": "application/json"})
     assert answer.status_code == 400
     assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_a_body_of_another_content_type_gets_400(server: Server) -> None:
+    """What curl -d sends without a header."""
+    answer = server.http.post("/v1/completions", content=b'{"prompt": "abc"}', headers={"content-type": "text/plain"})
+    assert answer.status_code == 400
+    assert "Content-Type: application/json" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"model": "gpt"}, "model_not_found"),
+        ({"prompt": "a" * 96}, "context_length_exceeded"),
+        ({"max_tokens": 95}, "context_length_exceeded"),
+        ({"echo": True}, "unsupported_parameter"),
+        ({"precison": 2}, "unknown_parameter"),
+    ],
+)
+def test_errors_have_the_codes_that_clients_look_for(server: Server, change: dict[str, Any], code: str) -> None:
+    answer = server.http.post("/v1/completions", json={"prompt": "abc", "max_tokens": 2} | change)
+    assert answer.json()["error"]["code"] == code
+    assert server.http.get("/v1/models/gpt").json()["error"]["code"] == "model_not_found"
+
+
+def test_fields_that_ask_for_nothing_are_accepted(server: Server) -> None:
+    neutral = {"tools": [], "min_p": 0, "repetition_penalty": 1.0, "logit_bias": {}, "store": False, "metadata": None}
+    body = {"prompt": "abc", "max_tokens": 2} | neutral
+    assert server.http.post("/v1/completions", json=body).status_code == 200
+
+
+def test_only_an_assistant_may_have_said_nothing(server: Server) -> None:
+    def ask(role: str) -> Any:
+        messages = [{"role": role, "content": None}, {"role": "user", "content": "abc"}]
+        return server.http.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 2})
+
+    assert ask("assistant").status_code == 200
+    refused = ask("user")
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "messages")
+
+
+def test_the_limit_that_was_given_is_named(server: Server) -> None:
+    body = {"messages": [{"role": "user", "content": "abc"}], "max_completion_tokens": 1000}
+    error = server.http.post("/v1/chat/completions", json=body).json()["error"]
+    assert error["param"] == "max_completion_tokens"
+    assert "max_completion_tokens 1000" in error["message"]
 
 
 def test_request_ids_come_back_and_are_logged(server: Server) -> None:

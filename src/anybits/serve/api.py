@@ -24,7 +24,7 @@ from starlette.types import Receive, Scope, Send
 from anybits.config import Single
 from anybits.serve import metrics, schema
 from anybits.serve.gate import Gate
-from anybits.serve.jobs import Prompts, RequestError, Served, make_jobs
+from anybits.serve.jobs import Prompts, RequestError, Served, make_jobs, unknown_model
 from anybits.serve.openapi import describe
 from anybits.serve.responses import Choice, Shape, error, explain
 from anybits.serve.worker import Delta, Job, QueueFullError, Worker
@@ -259,7 +259,7 @@ def _add_information(app: FastAPI, front: Front) -> None:
     async def model(name: str) -> schema.ModelEntry:
         """Describe one name."""
         if name not in served.aliases():
-            raise RequestError(404, "model", f"model '{name}' is not served: choose {' or '.join(served.aliases())}")
+            raise unknown_model(name, served)
         return entry(name, served.aliases()[name])
 
     @app.get("/health", responses={503: {"model": schema.ErrorAnswer, "description": "The engine has stopped."}})
@@ -302,8 +302,7 @@ def _add_errors(app: FastAPI, front: Front) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def wrong_body(_: Request, problem: RequestValidationError) -> JSONResponse:
-        message, field = explain(problem.errors())
-        return refuse(400, message, field)
+        return refuse(400, *explain(problem.errors()))
 
     @app.exception_handler(HTTPException)
     async def no_route(_: Request, problem: HTTPException) -> Response:

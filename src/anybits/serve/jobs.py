@@ -107,13 +107,17 @@ class Prompts:
         return self.encode(text, special=False)
 
 
+def unknown_model(name: str, served: Served) -> RequestError:
+    """Return the error for a model name that is not served, with OpenAI's code."""
+    message = f"model '{name}' is not served: choose {' or '.join(served.aliases())}"
+    return RequestError(404, "model", message, "model_not_found")
+
+
 def find_precision(body: GenerationRequest, served: Served) -> Single | None:
     """Return the precision to run at, or None for auto; raise RequestError for a wrong name or number."""
     aliases = served.aliases()
     if body.model is not None and body.model not in aliases:
-        raise RequestError(
-            404, "model", f"model '{body.model}' is not served: choose {' or '.join(aliases)}", "unknown"
-        )
+        raise unknown_model(body.model, served)
     asked = None if body.precision is None else served.read("precision", body.precision)
     named = aliases[body.model] if body.model is not None else None
     if named is not None and body.precision is not None and asked != named:
@@ -157,9 +161,8 @@ def find_prompts(body: GenerationRequest, prompts: Prompts, served: Served) -> l
         if max(prompt) >= served.vocabulary:
             raise RequestError(400, field, f"{field} has a token id above the last one, {served.vocabulary - 1}")
         if len(prompt) >= served.max_model_len:
-            raise RequestError(
-                400, field, f"{field} has {len(prompt)} tokens: at most {served.max_model_len - 1} leave room to answer"
-            )
+            message = f"{field} has {len(prompt)} tokens: at most {served.max_model_len - 1} leave room to answer"
+            raise RequestError(400, field, message, "context_length_exceeded")
     return tokens
 
 
@@ -204,14 +207,11 @@ def make_jobs(
 
 def _limit(body: ChatRequest | CompletionRequest, prompt: list[int], served: Served) -> int:
     room = served.max_model_len - len(prompt)
-    asked = body.max_tokens or getattr(body, "max_completion_tokens", None)
+    newer = getattr(body, "max_completion_tokens", None)
+    field, asked = ("max_completion_tokens", newer) if newer else ("max_tokens", body.max_tokens)
     if asked is not None and asked > room:
-        raise RequestError(
-            400,
-            "max_tokens",
-            f"max_tokens {asked} with a prompt of {len(prompt)} tokens is too much: at most {room} here, "
-            f"{served.max_model_len} together",
-        )
+        message = f"{field} {asked} with a prompt of {len(prompt)} tokens is too much: at most {room} here"
+        raise RequestError(400, field, f"{message}, {served.max_model_len} together", "context_length_exceeded")
     return min(body.limit or room, room)
 
 

@@ -131,20 +131,23 @@ def usage(choices: list[Choice], jobs: list[Job]) -> dict[str, Any]:
     }
 
 
-def explain(problems: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
-    """Return a sentence and the field for what pydantic found wrong with a body.
+def explain(problems: Sequence[Mapping[str, Any]]) -> tuple[str, str | None, str | None]:
+    """Return a sentence, the field and OpenAI's short code for what pydantic found wrong with a body.
 
     A field that may be of several kinds brings one problem for each: all are named, as the client has the choice.
     """
     first = problems[0]
+    if first["type"] in ("unsupported_parameter", "unknown_parameter"):
+        return str(first["msg"]), str(first["ctx"]["name"]), str(first["type"])
     if first["type"] == "value_error":
-        return str(first["msg"]).removeprefix("Value error, "), None
+        field = str(first["loc"][1]) if len(first["loc"]) > 1 else None
+        return str(first["msg"]).removeprefix("Value error, "), field, None
     if first["type"] == "json_invalid" or len(first["loc"]) < 2:
-        return f"the body is not a JSON object: {first['msg']}", None
+        return f"the body is not a JSON object: {first['msg']}", None, None
     field = str(first["loc"][1])
     same = [p for p in problems if len(p["loc"]) > 1 and p["loc"][1] == first["loc"][1]]
     reasons = dict.fromkeys(f"{p['msg'][:1].lower()}{p['msg'][1:]}" for p in same)
-    return f"{field}: {' or '.join(reasons)}", field
+    return f"{field}: {' or '.join(reasons)}", field, None
 
 
 def error(message: str, status: int, param: str | None = None, code: str | None = None) -> dict[str, Any]:

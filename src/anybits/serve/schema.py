@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from anybits.config import Single
 
@@ -13,17 +15,37 @@ Stop = Annotated[str, Field(min_length=1, max_length=256)]
 TokenId = Annotated[int, Field(ge=0)]
 
 UNSUPPORTED: dict[str, tuple[object, ...]] = {
+    "add_generation_prompt": (None, True),
+    "audio": (None,),
     "best_of": (None, 1),
+    "chat_template": (None, ""),
+    "chat_template_kwargs": (None, {}),
+    "continue_final_message": (None, False),
     "echo": (None, False),
     "function_call": (None, "none"),
     "functions": (None, []),
+    "guided_choice": (None, []),
+    "guided_grammar": (None, ""),
+    "guided_json": (None, {}),
+    "guided_regex": (None, ""),
     "logit_bias": (None, {}),
+    "min_p": (None, 0),
+    "min_tokens": (None, 0),
+    "modalities": (None, ["text"]),
+    "repetition_penalty": (None, 1),
     "response_format": (None, {"type": "text"}),
+    "stop_token_ids": (None, []),
+    "structured_outputs": (None, {}),
     "suffix": (None, ""),
     "tool_choice": (None, "none", "auto"),
     "tools": (None, []),
 }
-"""Fields of OpenAI's API that would change the answer, with the values that ask for nothing: others are refused."""
+"""Fields of OpenAI's API and of other servers that would change the answer, with the values that ask for nothing: all
+others are refused."""
+
+MISSPELT = 0.85
+"""An unknown field that is this like a known one (difflib's ratio) is refused: `precison` must not run at the default.
+`min_tokens` and `max_tokens` are 0.8 alike."""
 
 
 class StreamOptions(BaseModel):
@@ -67,6 +89,8 @@ class GenerationRequest(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _refuse_half_characters(cls, data: Any) -> Any:
+        if isinstance(data, bytes):  # what the web framework gives for any other content type
+            raise ValueError("the body must be JSON, sent with the header Content-Type: application/json")
         try:
             json.dumps(data, ensure_ascii=False).encode()
         except UnicodeEncodeError:
@@ -77,7 +101,12 @@ class GenerationRequest(BaseModel):
     def _refuse_unsupported(self) -> GenerationRequest:
         for name, value in (self.model_extra or {}).items():
             if name in UNSUPPORTED and value not in UNSUPPORTED[name]:
-                raise ValueError(f"{name} is not supported: leave it out")
+                message = "{name} is not supported: leave it out"
+                raise PydanticCustomError("unsupported_parameter", message, {"name": name})
+            near = get_close_matches(name, type(self).model_fields, 1, MISSPELT) if name not in UNSUPPORTED else []
+            if near:
+                message = "{name} is unknown: did you mean {near}?"
+                raise PydanticCustomError("unknown_parameter", message, {"name": name, "near": near[0]})
         return self
 
 
@@ -94,11 +123,18 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[ContentPart]
+    content: str | list[ContentPart] | None = None
+
+    @model_validator(mode="after")
+    def _refuse_silence(self) -> Message:
+        if self.content is None and self.role != "assistant":
+            raise ValueError(f"content of a message of the {self.role} must be text")
+        return self
 
     def plain(self) -> dict[str, str]:
-        """Return role and content as chat templates want them."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        """Return role and content as chat templates want them; an assistant may have said nothing."""
+        content = self.content or ""
+        text = content if isinstance(content, str) else "".join(part.text for part in content)
         return {"role": self.role, "content": text}
 
 
