@@ -106,6 +106,24 @@ def test_sigterm_finishes_what_has_begun(narrow: Server) -> None:
         httpx.get(f"{narrow.url}/health")
 
 
+def test_what_a_stopping_server_cannot_finish_gets_503(folder: Path, tmp_path: Path) -> None:
+    server = Server(folder, tmp_path / "b", "--drain", "1")
+    body = {"prompt": "Hello", "max_tokens": 8000, "ignore_eos": True}
+    answers: list[httpx.Response] = []
+    asking = threading.Thread(
+        target=lambda: answers.append(httpx.post(f"{server.url}/v1/completions", json=body, timeout=30))
+    )
+    asking.start()
+    while httpx.get(f"{server.url}/health").json()["inside"] == 0:
+        time.sleep(0.05)
+    server.process.send_signal(signal.SIGTERM)
+    asking.join(30)
+    assert answers[0].status_code == 503
+    assert "the server is stopping" in answers[0].json()["error"]["message"]
+    assert server.process.wait(20) in (0, -signal.SIGTERM)
+    assert "Traceback" not in server.log.read_text()
+
+
 def test_a_killed_server_serves_again_on_the_same_port(folder: Path, tmp_path: Path) -> None:
     before = sorted((p.name, p.read_bytes()) for p in folder.iterdir())
     first = Server(folder, tmp_path / "first")

@@ -41,6 +41,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         413: "The body is too large.",
         429: "The queue is full: Retry-After says when to come back.",
         500: "Internal error.",
+        503: "The server is stopping.",
         504: "The request took longer than the server allows.",
     }.items()
 }

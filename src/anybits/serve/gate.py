@@ -39,7 +39,10 @@ class _Gone(Exception):
 
 
 class Gate:
-    """ASGI middleware; answers 401, 408 and 413 itself, and 500 without a traceback when the application fails."""
+    """ASGI middleware; answers 401, 408 and 413 itself, and 500 without a traceback when the application fails.
+
+    Requests that a stopping server no longer waits for get 503.
+    """
 
     def __init__(self, app: App, api_key: str | None, max_body_bytes: int) -> None:
         self._app, self._max_body = app, max_body_bytes
@@ -70,6 +73,10 @@ class Gate:
             await _answer(with_id, refused.status, str(refused))
         except _Gone:
             pass
+        except asyncio.CancelledError:  # only by a server that stops and has waited long enough
+            logger.warning("%s was cut off: the server is stopping", identifier)
+            if not status:
+                await _answer(with_id, 503, "the server is stopping and could not finish this request: ask again")
         except Exception:
             logger.exception("%s failed", identifier)
             if not status:
