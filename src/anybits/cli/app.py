@@ -33,4 +33,4 @@ ActivationBits = Annotated[
         show_default=False,
     ),
 ]
-Model = Annotated[str, typer.Argument(help="Folder of a quantized model.", show_default=False)]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a quantized model.", show_default=False)]

@@ -12,7 +12,9 @@ from anybits.cli.app import Model, app, console
 
 @app.command(rich_help_panel="Main")
 def quantize(
-    model: Annotated[str, typer.Argument(help="Float model: a folder, or a name on the hub.", show_default=False)],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Float model: a folder, or a name on the hub.", show_default=False)
+    ],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write the quantized model to.")],
     method: Annotated[str, typer.Option(help="anybcq (scales per group) or any-precision (codebooks).")] = "anybcq",
     precisions: Annotated[str, typer.Option(help="Precisions to store: a range 2-4 or a list 2,3,4.")] = "2-4",
@@ -29,7 +31,10 @@ def quantize(
     ] = "default",
     calibration: Annotated[
         str | None,
-        typer.Option(help="Text file, or Hugging Face dataset NAME[:CONFIG[:SPLIT]]. Default: allenai/c4:en."),
+        typer.Option(
+            help="Text file, or Hugging Face dataset NAME[:CONFIG[:SPLIT]], which needs anybits[eval]. "
+            "Default: allenai/c4:en."
+        ),
     ] = None,
     samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens of a calibration sequence.")] = 512,
@@ -119,7 +124,9 @@ def profile(
 
 @app.command("import", rich_help_panel="Interoperate")
 def import_(
-    source: Annotated[str, typer.Argument(help="Folder that Any-Precision's or AnyBCQ's own code wrote.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="Folder that Any-Precision's or AnyBCQ's own code wrote.")
+    ],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write the model to.")],
 ) -> None:
     """Turn a checkpoint of the two papers' own code into one of anybits, weight for weight.

@@ -93,7 +93,10 @@ def inspect(
     model: Model,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Show what a quantized model stores, and the bytes that each precision reads."""
+    """Show what a quantized model stores, and the bytes that each precision reads.
+
+    Example: `anybits inspect llama-any`
+    """
     from anybits import terminal
     from anybits.evaluate.inspection import inspect_checkpoint
 
@@ -107,7 +110,9 @@ def inspect(
 
 @app.command(rich_help_panel="Interoperate")
 def report(
-    models: Annotated[list[str], typer.Argument(help="Folders of quantized models.", show_default=False)],
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL", help="Folders of quantized models.", show_default=False)
+    ],
     text: Annotated[Path, typer.Option(help="Text file to predict; keep it apart from calibration text.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write the report to.")] = Path("report"),
     reference: Annotated[str | None, typer.Option(help="The original float model to compare with.")] = None,

@@ -123,7 +123,10 @@ def demo(
         "demo-out"
     ),
 ) -> None:
-    """Quantize the bundled model with both methods and watch it answer at every precision (under 3 minutes)."""
+    """Quantize the bundled model with both methods and watch it answer at every precision (under 3 minutes).
+
+    Example: `anybits demo -o demo-out`
+    """
     from anybits.demo.run import run_demo
 
     run_demo(out, console)
