@@ -292,19 +292,21 @@ def test_many_rows_of_bf16(case, monkeypatch):
     monkeypatch.setattr(many_rows, "dense_product", lambda *_: pytest.fail("a GEMM ran"))
     weight, backend = CASES[case](), cpu.CpuBackend("avx512", activation_bits=16)
     packed = backend.prepare(weight)
-    for p in (1, 2, 3, 4):
-        for rows in (33, 130, 515):
+    for p in PRECISIONS:
+        for rows in (17, 33, 130, 515):
             x = torch.randn(rows, weight.in_features).bfloat16()
             y = backend.matmul(x, packed, p)
             assert error(y, x, weight, p) < TOLERANCE[torch.bfloat16], (p, rows)
             assert torch.equal(y, backend.matmul(x, packed, p))
     x = torch.randn(600, weight.in_features).bfloat16()
-    precision = torch.randint(1, 5, (600,), dtype=torch.int32)
-    assert error(backend.matmul(x, packed, precision), x, weight, precision) < TOLERANCE[torch.bfloat16]
+    for highest in (4, 8):
+        precision = torch.randint(1, 1 + highest, (600,), dtype=torch.int32)
+        assert error(backend.matmul(x, packed, precision), x, weight, precision) < TOLERANCE[torch.bfloat16]
     x[7, 5] = float("nan")
-    y = backend.matmul(x, packed, 4)
-    assert not y[7].isfinite().any()
-    assert y[torch.arange(600) != 7].isfinite().all()
+    for p in (4, 8):
+        y = backend.matmul(x, packed, p)
+        assert not y[7].isfinite().any()
+        assert y[torch.arange(600) != 7].isfinite().all()
 
 
 @pytest.mark.skipif("avx2" not in ISAS, reason="this machine has no AVX2")

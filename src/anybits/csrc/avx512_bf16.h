@@ -3,63 +3,73 @@
 #pragma once
 
 #include "avx512_bytes.h"
+#include "bf16_levels.h"
 
 namespace {
 
-constexpr int BF16_PLANES = 4;
-
-// Tables of the two bytes of each level.
-struct alignas(64) Bf16Tables {
-    __m512i low[4], high[4];
+// Activations of one row: [piece][row of x][column], a step's columns in LEVEL_ORDER.
+struct Bf16Activations {
+    static constexpr int BLOCKS = 4;
+    int16_t *x;
+    int64_t columns, rows;
+    explicit Bf16Activations(const Call &c) : x(reinterpret_cast<int16_t *>(c.tables)), columns(LevelPieces<Bf16Activations>(c.weight).columns), rows(c.rows) {}
+    int16_t *at(int64_t piece, int row) const { return x + (piece * rows + row) * columns; }
 };
 
-// Activations of one row: [block][row of x][column], a step's columns in LEVEL_ORDER.
-inline int16_t *bf16_activations_at(const Call &c, int64_t block, int row) {
-    const int64_t columns = LevelBlocks(c.weight).columns;
-    return reinterpret_cast<int16_t *>(c.tables) + (block * c.rows + row) * columns;
-}
+constexpr int64_t FETCH_ROW = 1024;  // columns
 
 inline void bf16_affine_activations(const Call &c, int row) {
     const Header *h = c.weight;
+    const Bf16Activations to(c);
     const int64_t k = h->shape.in_features;
     const int16_t *x = static_cast<const int16_t *>(c.x) + row * c.x_stride;
     const __m512i order = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(LEVEL_ORDER)));
-    for (int64_t step = 0; step < h->steps; step++) {
-        const int64_t column = step * STEP, block = column / h->block_columns, left = k - column;
-        const __mmask32 some = left >= 32 ? ~0u : (1u << left) - 1;
-        const __m512i v = _mm512_maskz_loadu_epi16(some, x + column);
-        _mm512_storeu_si512(bf16_activations_at(c, block, row) + column % h->block_columns,
-                            _mm512_permutexvar_epi16(order, v));
+    for (int64_t piece = 0, first = 0; first < h->steps * STEP; piece++, first += to.columns) {
+        int16_t *out = to.at(piece, row);
+        const int64_t last = first + to.columns < h->steps * STEP ? first + to.columns : h->steps * STEP;
+        for (int64_t column = first; column < last; column += STEP, out += STEP) {
+            const __mmask32 some = k - column >= STEP ? ~0u : (1u << (k - column)) - 1;
+            __builtin_prefetch(x + column + FETCH_ROW);
+            _mm512_storeu_si512(out, _mm512_permutexvar_epi16(order, _mm512_maskz_loadu_epi16(some, x + column)));
+        }
+    }
+}
+
+// Eight vectors of eight groups of four columns: rows become columns.
+inline void transpose_fours(__m512i *v) {
+    __m512i w[8];
+    for (int i = 0; i < 8; i += 2) w[i] = _mm512_unpacklo_epi64(v[i], v[i + 1]), w[i + 1] = _mm512_unpackhi_epi64(v[i], v[i + 1]);
+    for (int odd = 0; odd < 2; odd++) {  // quarter q of w[odd + 2 i] is groups 2 q + odd of vectors 2 i and 2 i + 1
+        const __m512i a = _mm512_shuffle_i64x2(w[odd], w[odd + 2], 0x88), b = _mm512_shuffle_i64x2(w[odd], w[odd + 2], 0xDD);
+        const __m512i c = _mm512_shuffle_i64x2(w[odd + 4], w[odd + 6], 0x88), d = _mm512_shuffle_i64x2(w[odd + 4], w[odd + 6], 0xDD);
+        v[odd] = _mm512_shuffle_i64x2(a, c, 0x88), v[4 + odd] = _mm512_shuffle_i64x2(a, c, 0xDD);
+        v[2 + odd] = _mm512_shuffle_i64x2(b, d, 0x88), v[6 + odd] = _mm512_shuffle_i64x2(b, d, 0xDD);
     }
 }
 
 inline void bf16_codebook_activations(const Call &c, int row) {
-    const int64_t k = c.weight->shape.in_features, parts = SPAN / CENTROID_BLOCK;
+    static_assert(Bf16Activations::BLOCKS * CENTROID_BLOCK == SPAN, "a piece is a span");
+    const Bf16Activations to(c);
+    const int64_t k = c.weight->shape.in_features;
     const int16_t *x = static_cast<const int16_t *>(c.x) + row * c.x_stride;
     for (int64_t span = 0; span < c.weight->spans; span++) {
-        int16_t some[SPAN] = {0}, ordered[SPAN];
+        int16_t some[SPAN];
         const int64_t left = k - span * SPAN;
-        if (left < SPAN) memcpy(some, x + span * SPAN, static_cast<size_t>(left) * sizeof *x);
-        order_span(left < SPAN ? some : x + span * SPAN, ordered);
-        for (int64_t part = 0; part < parts; part++)
-            memcpy(bf16_activations_at(c, span * parts + part, row), ordered + part * CENTROID_BLOCK, CENTROID_BLOCK * sizeof *x);
+        if (left < SPAN) memset(some, 0, sizeof some), memcpy(some, x + span * SPAN, static_cast<size_t>(left) * sizeof *x);
+        const int16_t *from = left < SPAN ? some : x + span * SPAN;
+        for (int64_t i = 0; i < SPAN; i += 32) __builtin_prefetch(x + span * SPAN + i + FETCH_ROW);
+        for (int half = 0; half < 2; half++) {  // as order_span does
+            __m512i v[8];
+            for (int bit = 0; bit < 8; bit++) v[bit] = _mm512_loadu_si512(from + 64 * bit + 32 * half);
+            transpose_fours(v);
+            for (int word = 0; word < 8; word++) _mm512_storeu_si512(to.at(span, row) + 32 * (8 * half + word), v[word]);
+        }
     }
 }
 
-// For lane 4 r + j of columns a and a + 1 of four: byte j % 2 of column a + j / 2, low bytes first, high ones 64 behind.
-struct PairPlaces {
-    alignas(64) uint8_t at[2][64] = {};
-    constexpr PairPlaces() {
-        for (int pair = 0; pair < 2; pair++)
-            for (int lane = 0; lane < 64; lane++)
-                at[pair][lane] = static_cast<uint8_t>((lane & ~3) + 2 * pair + (lane >> 1 & 1) + (lane & 1 ? 64 : 0));
-    }
-};
-constexpr PairPlaces PAIR_PLACES;
-
 struct Bf16Levels {
     using Tables = Bf16Tables;
-    static constexpr int ROWS = 6, TILES = 4, PLANES = BF16_PLANES, COLUMNS = 2;  // 8 and 2 are 5 % slower, in bytes 15 % faster
+    static constexpr int ROWS = 6, TILES = 4, BLOCKS = Bf16Activations::BLOCKS, PLANES = AB_MAX_PLANES, COLUMNS = 2;
 
     template <int P, int DTYPE>
     static void fill(const Header *h, int64_t tile, int64_t block, Tables *out) {
@@ -69,20 +79,7 @@ struct Bf16Levels {
         __m512 scales[P], offset = _mm512_setzero_ps();
         for (int b = 0; b < P; b++) scales[b] = level_in_steps<Avx512, DTYPE>(level + b * level_bytes, steps + b * 16, 0);
         if (h->shape.has_offsets) offset = level_in_steps<Avx512, DTYPE>(level + P * level_bytes, steps + P * 16, 0);
-        for (int g = 0; g < (P <= 2 ? 1 : 1 << (P - 2)); g++) {
-            __m512i low = _mm512_setzero_si512(), high = low;
-            for (int e = 3; e >= 0; e--) {
-                __m512 value = offset;
-                for (int b = 0; b < P; b++) {  // the order of PlaneWeight.dequantize
-                    const bool set = b < 2 ? e >> b & 1 : g >> (b - 2) & 1;
-                    value = set ? _mm512_add_ps(value, scales[b]) : _mm512_sub_ps(value, scales[b]);
-                }
-                const __m512i u = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value)));
-                low = _mm512_ternarylogic_epi32(_mm512_slli_epi32(low, 8), u, _mm512_set1_epi32(255), 0xF8);  // low << 8 | (u & 255)
-                high = _mm512_or_si512(_mm512_slli_epi32(high, 8), _mm512_srli_epi32(u, 8));
-            }
-            out->low[g] = low, out->high[g] = high;
-        }
+        fill_bf16_tables<P>(scales, offset, out);
     }
 
     template <int P>
@@ -102,36 +99,82 @@ struct Bf16Levels {
 
     template <int P>
     static inline __attribute__((always_inline)) void store(const Tables &tables, const __m512i *words, int bit, uint8_t *out) {
-        const LevelPlaces at = level_places<P>(words, bit);
-        const __m512i low = find_levels<P>(tables.low, at), high = find_levels<P>(tables.high, at);
-        for (int pair = 0; pair < 2; pair++)
-            _mm512_store_si512(out + 64 * pair, _mm512_permutex2var_epi8(low, _mm512_load_si512(PAIR_PLACES.at[pair]), high));
+        store_bf16<P>(tables, words, bit, out);
     }
 
-    // For rows of x `from` ... `from + M - 1` of a segment and T tiles; y is [tile][position][16].
+    // Four whole tiles as cache lines of y, one after the other.
+    static void store_tiles(const Call &c, int64_t tile, int tiles, const float *scratch) {
+        const int64_t n = c.weight->shape.out_features;
+        if (tiles < TILES || (tile + TILES) * 16 > n) return ::store_tiles<Avx512>(c, tile, tiles, scratch);
+        for (int p = 0; p < c.rows; p++) {
+            uint16_t *y = static_cast<uint16_t *>(c.y) + c.order[p] * n + tile * 16;
+            for (int t = 0; t < TILES; t += 2) {
+                const float *from = scratch + (t * c.rows + p) * 16;
+                _mm512_storeu_si512(y + 16 * t, bf16_of_two(_mm512_loadu_ps(from), _mm512_loadu_ps(from + c.rows * 16)));
+            }
+        }
+    }
+
+    // Codebooks of five planes and more: rows are looked up one by one, and their pairs of columns turned.
+    template <int P>
+    static void long_segment(const Call &c, const Segment &s, int64_t tile, int tiles, float *y) {
+        const Header *h = c.weight;
+        alignas(64) RowTables<P> tables[TILES][16];
+        alignas(64) uint8_t levels[TILES * LEVEL_PIECE<Bf16Levels>];
+        SpanValues values;
+        memset(&values, 0, sizeof values);
+        const RowCounts<TILES> rows(h, tile, tiles);
+        for (int t = 0; t < tiles; t++)
+            for (int64_t r = 0, n = (tile + t) * 16; r < rows.of[t]; r++) tables[t][r].fill(centroids_at(h, P, n + r), row_scales(h, P)[n + r]);
+        for (int64_t span = 0; span < h->spans; span++) {
+            const int64_t ahead = span_ahead<Bf16Levels>(h, span);
+            for (int t = 0; t < tiles; t++) {
+                if (t + 1 < tiles) fetch_span<P>(h, (tile + t + 1) * 16, rows.of[t + 1], span);
+                for (int64_t r = 0; r < rows.of[t]; r++)
+                    row_values<P>(h, (tile + t) * 16 + r, span, ahead, tables[t][r], static_cast<int>(r), values);
+                store_span(values, levels + t * LEVEL_PIECE<Bf16Levels>);
+            }
+            level_rows<Bf16Levels, TILES>(c, s, tiles, span, SPAN / COLUMNS, levels, nullptr, y);
+        }
+    }
+    using CentroidSegment = void (*)(const Call &, const Segment &, int64_t, int, float *);
+    static CentroidSegment long_codes(int precision) {
+        constexpr CentroidSegment of[] = {long_segment<5>, long_segment<6>, long_segment<7>, long_segment<8>};
+        return of[precision - 5];
+    }
+
+    // For rows of x `from` ... `from + M - 1` of a segment and T tiles; y is [tile][position][16]. The rows behind these are fetched
+    // into the first-level cache: a product that waits for the second one soon fills the scheduler.
     template <int M, int T>
-    static inline __attribute__((always_inline)) void products(const Call &c, int64_t block, int from, int64_t count,
+    static inline __attribute__((always_inline)) void products(const Call &c, int64_t piece, int from, int64_t count,
                                                                const uint8_t *levels, const Tables *, float *y) {
-        const int16_t *x[M];
+        const Bf16Activations a(c);
+        const int16_t *x[M], *next[M];
         __m512 sums[M][T];
 #pragma GCC unroll 8
         for (int m = 0; m < M; m++) {
-            x[m] = bf16_activations_at(c, block, c.order[from + m]);
+            x[m] = a.at(piece, c.order[from + m]);
+            const int behind = from + M + m;
+            next[m] = behind < c.rows ? a.at(piece, c.order[behind]) : a.at(piece + 1, c.order[behind - c.rows]);
 #pragma GCC unroll 4
             for (int t = 0; t < T; t++) sums[m][t] = _mm512_loadu_ps(y + (t * c.rows + from + m) * 16);
         }
-#pragma GCC unroll 4
-        for (int64_t i = 0; i < count; i++) {
-            __m512bh w[T];
-#pragma GCC unroll 4
-            for (int t = 0; t < T; t++) w[t] = reinterpret_cast<__m512bh>(_mm512_load_si512(levels + t * LEVEL_BLOCK<Bf16Levels> + 64 * i));
+        for (int64_t line = 0; line < count; line += 16) {
 #pragma GCC unroll 8
-            for (int m = 0; m < M; m++) {
-                int32_t two;
-                memcpy(&two, x[m] + 2 * i, 4);
-                const __m512bh v = reinterpret_cast<__m512bh>(_mm512_set1_epi32(two));
+            for (int m = 0; m < M; m++) __builtin_prefetch(next[m] + 2 * line, 0, 3);
 #pragma GCC unroll 4
-                for (int t = 0; t < T; t++) sums[m][t] = _mm512_dpbf16_ps(sums[m][t], w[t], v);
+            for (int64_t i = line; i < line + 16; i++) {
+                __m512bh w[T];
+#pragma GCC unroll 4
+                for (int t = 0; t < T; t++) w[t] = reinterpret_cast<__m512bh>(_mm512_load_si512(levels + t * LEVEL_PIECE<Bf16Levels> + 64 * i));
+#pragma GCC unroll 8
+                for (int m = 0; m < M; m++) {
+                    int32_t two;
+                    memcpy(&two, x[m] + 2 * i, 4);
+                    const __m512bh v = reinterpret_cast<__m512bh>(_mm512_set1_epi32(two));
+#pragma GCC unroll 4
+                    for (int t = 0; t < T; t++) sums[m][t] = _mm512_dpbf16_ps(sums[m][t], w[t], v);
+                }
             }
         }
 #pragma GCC unroll 8
@@ -141,14 +184,15 @@ struct Bf16Levels {
     }
 };
 
-// For levels_pay. 4 bits would gain from 16 rows on; up to 32 a row's result does not depend on its batch.
-constexpr int BF16_ROWS[] = {0, 128, 96, 40, 33}, BF16_CENTROIDS_ROWS[] = {0, 33, 33, 33, 33};
+// For levels_pay. Up to 16 rows a row's result does not depend on its batch.
+constexpr int BF16_ROWS[] = {0, 17, 17, 17, 17, 17, 17, 17, 17}, BF16_CENTROIDS_ROWS[] = {0, 17, 17, 17, 17, 17, 17, 17, 17};
 
 struct Bf16Instance {
     static Form form(const Call &c) {
         const Form other = kernels_avx512()->form(c);
         const int *rows = c.weight->shape.levels == AB_CODEBOOK ? BF16_CENTROIDS_ROWS : BF16_ROWS;
-        return c.dtype == AB_BF16 && !c.eight_bits && levels_pay(c, rows, BF16_PLANES) ? BF16 : other;
+        const bool bytes = c.eight_bits && c.segments[0].precision <= BYTE_PLANES;
+        return c.dtype == AB_BF16 && !bytes && levels_pay(c, rows, AB_MAX_PLANES) ? BF16 : other;
     }
     static void activations(const Call &c, int row, float *floats) {
         if (c.form != BF16) return kernels_avx512()->activations(c, row, floats);

@@ -79,9 +79,10 @@ struct Avx512Bytes : ByteIntegers<Avx512> {
 // Activations of one row: [block][row of x][column], a step's columns in LEVEL_ORDER, and for each block minus BYTE_BIAS
 // times their sum.
 struct ByteActivations {
+    struct Piece { static constexpr int BLOCKS = 1; };
     int8_t *x;
     int32_t *biases;
-    LevelBlocks blocks;
+    LevelPieces<Piece> blocks;
     int64_t rows;
     explicit ByteActivations(const Call &c) : x(reinterpret_cast<int8_t *>(c.tables)), blocks(c.weight), rows(c.rows) {
         biases = reinterpret_cast<int32_t *>(c.tables + blocks.count * rows * blocks.columns);
@@ -159,7 +160,11 @@ constexpr int rest_of(int planes) { return planes > 4 ? planes - 4 : 0; }
 
 struct ByteLevels {
     using Tables = BlockTables;
-    static constexpr int ROWS = 8, TILES = 2, PLANES = BYTE_PLANES, COLUMNS = 4;
+    static constexpr int ROWS = 8, TILES = 2, BLOCKS = ByteActivations::Piece::BLOCKS, PLANES = BYTE_PLANES, COLUMNS = 4;
+
+    using CentroidSegment = void (*)(const Call &, const Segment &, int64_t, int, float *);
+    static CentroidSegment long_codes(int) { return nullptr; }
+    static constexpr auto *store_tiles = ::store_tiles<Avx512>;
 
     template <int P, int DTYPE>
     static void fill(const Header *h, int64_t tile, int64_t block, Tables *out) {
@@ -225,7 +230,7 @@ struct ByteLevels {
         for (int64_t i = 0; i < count; i++) {
             __m512i w[T];
 #pragma GCC unroll 4
-            for (int t = 0; t < T; t++) w[t] = _mm512_load_si512(levels + t * LEVEL_BLOCK<ByteLevels> + 64 * i);
+            for (int t = 0; t < T; t++) w[t] = _mm512_load_si512(levels + t * LEVEL_PIECE<ByteLevels> + 64 * i);
 #pragma GCC unroll 8
             for (int m = 0; m < M; m++) {
                 int32_t four;

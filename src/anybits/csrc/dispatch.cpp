@@ -167,8 +167,14 @@ int run(Product &p, int threads) {
             workspace.key = key;
         }
     }
-    const int64_t tiles = p.tiles();
+    const int64_t tiles = p.tiles(), fours = ceil_div(tiles, 4);
+    Queue queue;
     parallel(static_cast<int>(tiles < threads ? tiles : threads), [&](int part, int parts) {
+        if (c.form == BF16) {  // long, and four tiles at a time: who is held up by another process takes fewer
+            for (int64_t first, last; queue.take(fours, 1, parts, &first, &last);)
+                p.multiply(4 * first, 4 * last < tiles ? 4 * last : tiles, scratch + part * p.scratch);
+            return;
+        }
         p.multiply(tiles * part / parts, tiles * (part + 1) / parts, scratch + part * p.scratch);
     });
     return AB_OK;

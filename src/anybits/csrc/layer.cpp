@@ -24,24 +24,6 @@ thread_local Memory memory;
 
 const uint16_t *halves(const void *p) { return static_cast<const uint16_t *>(p); }
 
-// Numbers 0 ... count - 1, which threads take in pieces: large ones first, so that all end at about the same time.
-struct Queue {
-    std::atomic<int64_t> taken{0};
-
-    // Takes at least `least`, or what is left; false when nothing is.
-    bool take(int64_t count, int64_t least, int parts, int64_t *first, int64_t *last) {
-        int64_t at = taken.load(std::memory_order_relaxed), piece;
-        do {
-            if (at >= count) return false;
-            piece = (count - at) / (2 * parts);
-            if (piece < least) piece = least;
-            if (piece > count - at) piece = count - at;
-        } while (!taken.compare_exchange_weak(at, at + piece, std::memory_order_relaxed));
-        *first = at, *last = at + piece;
-        return true;
-    }
-};
-
 // A layer, its products and where its numbers lie.
 struct Layer {
     const ab_layer &l;

@@ -1,8 +1,9 @@
-// Many rows of x: a block of a few tiles becomes an ordinary matrix in the first cache, once for all rows of x, and is
+// Many rows of x: a piece of a few tiles becomes an ordinary matrix in the caches, once for all rows of x, and is
 // multiplied there. What bytes (avx512_bytes.h) and bf16 (avx512_bf16.h) have in common; a kind of levels L says
-//   ROWS, TILES: rows of x and tiles that go through a block together; PLANES: precisions that it serves; COLUMNS: columns that a 32-bit lane holds, [COLUMNS columns]
-//   [16 rows][COLUMNS]; Tables, fill<P, DTYPE>: what one block of one tile is made from; fill_centroids<P>: the same for all
-//   blocks of a codebook's tile; store<P>: the levels of four columns; products<M, T>: one block for M rows of x and T tiles.
+//   ROWS, TILES: rows of x and tiles that go through a piece together; BLOCKS: blocks of a piece; PLANES: precisions of affine levels that it
+//   serves; COLUMNS: columns that a 32-bit lane holds, [COLUMNS columns][16 rows][COLUMNS]; Tables, fill<P, DTYPE>: what one block
+//   of one tile is made from; fill_centroids<P>: the same for all blocks of a codebook's tile; store<P>: the levels of four columns;
+//   products<M, T>: one piece for M rows of x and T tiles; store_tiles: what goes to y; long_codes: codebooks of more planes than CENTROID_PLANES, or NULL.
 #pragma once
 
 #include "avx512.h"
@@ -11,9 +12,9 @@ namespace {
 
 constexpr int64_t LEVEL_BLOCKS_AT_ONCE = 4;  // blocks whose tables are made together: one after the other, each would wait for its division
 
-// Bytes of one block of one tile.
+// Bytes of one piece of one tile.
 template <class L>
-constexpr int64_t LEVEL_BLOCK = 16 * TABLE_COLUMNS * 4 / L::COLUMNS;
+constexpr int64_t LEVEL_PIECE = L::BLOCKS * 16 * TABLE_COLUMNS * 4 / L::COLUMNS;
 
 // A step's columns in the order in which their levels come: bit i of each byte of a word, then bit i + 1.
 constexpr uint8_t LEVEL_ORDER[32] = {0, 8,  16, 24, 1, 9,  17, 25, 2, 10, 18, 26, 3, 11, 19, 27,
@@ -65,9 +66,9 @@ inline uint8_t *expand_step(const typename L::Tables &tables, const __m512i *wor
     return out;
 }
 
-// Columns of a block at precision P.
+// Columns of a block at precision P. `ahead`: bytes from a plane's words to those of the next piece. Returns where the next block's go.
 template <class L, int P>
-void expand_levels(const Header *h, int64_t tile, int64_t block, const typename L::Tables &from, uint8_t *out) {
+uint8_t *expand_levels(const Header *h, int64_t tile, int64_t block, int64_t ahead, const typename L::Tables &from, uint8_t *out) {
     const int64_t block_steps = h->block_columns / STEP, first = block * block_steps;
     const int64_t steps = h->steps - first < block_steps ? h->steps - first : block_steps;
     const typename L::Tables tables = from;  // in registers, whatever is stored
@@ -75,30 +76,31 @@ void expand_levels(const Header *h, int64_t tile, int64_t block, const typename 
     for (int64_t step = 0; step < steps; step++, plane += 64) {
         __m512i words[P];
         for (int b = 0; b < P; b++) {
-            fetch_ahead(plane + b * h->plane_stride + STREAM_AHEAD);
+            fetch_ahead(plane + b * h->plane_stride + ahead);
             words[b] = _mm512_loadu_si512(plane + b * h->plane_stride);
         }
         out = expand_step<L, P>(tables, words, out);
     }
+    return out;
 }
 
-// `taken` rows of x, at most M, and `count` lanes of columns of a block.
+// `taken` rows of x, at most M, and `count` lanes of columns of a piece.
 template <class L, int M, int T>
-inline void level_products(const Call &c, int taken, int64_t block, int from, int64_t count, const uint8_t *levels,
+inline void level_products(const Call &c, int taken, int64_t piece, int from, int64_t count, const uint8_t *levels,
                            const typename L::Tables *tables, float *y) {
-    if (taken == M) return L::template products<M, T>(c, block, from, count, levels, tables, y);
-    if constexpr (M > 1) level_products<L, M - 1, T>(c, taken, block, from, count, levels, tables, y);
+    if (taken == M) return L::template products<M, T>(c, piece, from, count, levels, tables, y);
+    if constexpr (M > 1) level_products<L, M - 1, T>(c, taken, piece, from, count, levels, tables, y);
 }
 
 template <class L, int T>
-void level_rows(const Call &c, const Segment &s, int tiles, int64_t block, int64_t count, const uint8_t *levels,
+void level_rows(const Call &c, const Segment &s, int tiles, int64_t piece, int64_t count, const uint8_t *levels,
                 const typename L::Tables *tables, float *y) {
     if constexpr (T > 1)
-        if (tiles < T) return level_rows<L, T - 1>(c, s, tiles, block, count, levels, tables, y);
+        if (tiles < T) return level_rows<L, T - 1>(c, s, tiles, piece, count, levels, tables, y);
     for (int done = 0, taken; done < s.count; done += taken) {
         const int left = s.count - done, turns = (left + L::ROWS - 1) / L::ROWS;
         taken = (left + turns - 1) / turns;
-        level_products<L, L::ROWS, T>(c, taken, block, s.first + done, count, levels, tables, y);
+        level_products<L, L::ROWS, T>(c, taken, piece, s.first + done, count, levels, tables, y);
     }
 }
 
@@ -109,7 +111,7 @@ void level_tiles(const Call &c, int64_t first, int64_t last, float *scratch, con
         const int tiles = last - tile < L::TILES ? static_cast<int>(last - tile) : L::TILES;
         memset(scratch, 0, static_cast<size_t>(tiles * c.rows * 16) * sizeof(float));
         add(tile, tiles);
-        store_tiles<Avx512>(c, tile, tiles, scratch);
+        L::store_tiles(c, tile, tiles, scratch);
     }
 }
 
@@ -117,15 +119,24 @@ template <class L, int P, int DTYPE>
 void level_segment(const Call &c, const Segment &s, int64_t tile, int tiles, int64_t first, int64_t last, float *y) {
     const Header *h = c.weight;
     typename L::Tables tables[LEVEL_BLOCKS_AT_ONCE][L::TILES];
-    alignas(64) uint8_t levels[L::TILES * LEVEL_BLOCK<L>];
-    for (int64_t block = first; block < last; block++)
-        for (int t = 0; t < tiles; t++) L::template fill<P, DTYPE>(h, tile + t, block, &tables[block - first][t]);
-    for (int64_t block = first; block < last; block++) {
-        const int64_t left = h->steps * STEP - block * h->block_columns;
-        const int64_t count = (left < h->block_columns ? left : h->block_columns) / L::COLUMNS;
-        const typename L::Tables *here = tables[block - first];
-        for (int t = 0; t < tiles; t++) expand_levels<L, P>(h, tile + t, block, here[t], levels + t * LEVEL_BLOCK<L>);
-        level_rows<L, L::TILES>(c, s, tiles, block, count, levels, here, y);
+    alignas(64) uint8_t levels[L::TILES * LEVEL_PIECE<L>];
+    const int64_t block_bytes = h->block_columns / STEP * 64, row_bytes = affine_entries(h->shape, P) * 16 * level_size(DTYPE);
+    // Words of the next blocks, or the first of the next tiles: what is fetched sooner, many rows of x push out of the second-level cache.
+    const int64_t ahead = last < h->blocks ? LEVEL_BLOCKS_AT_ONCE * block_bytes : L::TILES * h->tile_bytes - first * block_bytes;
+    const int64_t groups = ceil_div(LEVEL_BLOCKS_AT_ONCE, h->blocks_per_group);
+    for (int t = 0; t < tiles; t++) {
+        const uint8_t *next = affine_block_levels(h, P, tile + t, last);
+        for (int64_t i = 0; i < groups * row_bytes; i += 64) fetch_ahead(next + i);
+        for (int64_t block = first; block < last; block++) L::template fill<P, DTYPE>(h, tile + t, block, &tables[block - first][t]);
+    }
+    for (int64_t block = first, end; block < last; block = end) {
+        end = block + L::BLOCKS < last ? block + L::BLOCKS : last;
+        for (int t = 0; t < tiles; t++) {
+            uint8_t *out = levels + t * LEVEL_PIECE<L>;
+            for (int64_t i = block; i < end; i++) out = expand_levels<L, P>(h, tile + t, i, ahead, tables[i - first][t], out);
+        }
+        const int64_t columns = (end == h->blocks ? h->steps * STEP : end * h->block_columns) - block * h->block_columns;
+        level_rows<L, L::TILES>(c, s, tiles, block / L::BLOCKS, columns / L::COLUMNS, levels, tables[block - first], y);
     }
 }
 
@@ -134,7 +145,8 @@ void level_multiply_as(const Call &c, int64_t first, int64_t last, float *scratc
     void (*segment[AB_MAX_PLANES + 1])(const Call &, const Segment &, int64_t, int, int64_t, int64_t, float *) = {
         nullptr, level_segment<L, 1, DTYPE>, level_segment<L, 2, DTYPE>, level_segment<L, 3, DTYPE>, level_segment<L, 4, DTYPE>};
     if constexpr (L::PLANES > 4) segment[5] = level_segment<L, 5, DTYPE>, segment[6] = level_segment<L, 6, DTYPE>;
-    static_assert(L::PLANES == 4 || L::PLANES == 6, "a precision is missing above");
+    if constexpr (L::PLANES > 6) segment[7] = level_segment<L, 7, DTYPE>, segment[8] = level_segment<L, 8, DTYPE>;
+    static_assert(L::PLANES == 6 || L::PLANES == 8, "a precision is missing above");
     const int64_t blocks = c.weight->blocks;
     level_tiles<L>(c, first, last, scratch, [&](int64_t tile, int tiles) {
         for (int64_t block = 0; block < blocks; block += LEVEL_BLOCKS_AT_ONCE) {
@@ -206,35 +218,57 @@ constexpr int code_of(int group, int entry) {
     return code;
 }
 
+// Output rows of each tile, at most 16.
+template <int T>
+struct RowCounts {
+    int64_t of[T];
+    RowCounts(const Header *h, int64_t tile, int tiles) {
+        for (int t = 0; t < tiles; t++) {
+            const int64_t left = h->shape.out_features - (tile + t) * 16;
+            of[t] = left < 16 ? left : 16;
+        }
+    }
+};
+
+// Bytes from a span's words to those of the next span, or of the first of the next rows: what is fetched sooner, many rows of x
+// push out of the second-level cache.
+template <class L>
+inline int64_t span_ahead(const Header *h, int64_t span) {
+    return span + 1 < h->spans ? 64 : 16 * L::TILES * h->tile_bytes - span * 64;
+}
+
+// Fetches a span of a tile, which may have left the second-level cache since fetch_ahead.
+template <int P>
+inline void fetch_span(const Header *h, int64_t n, int64_t count, int64_t span) {
+    for (int b = 0; b < P; b++)
+        for (int64_t r = 0; r < count; r++) __builtin_prefetch(plane_at(h, b, n + r) + span * 64);
+}
+
 template <class L, int P>
 void centroid_segment(const Call &c, const Segment &s, int64_t tile, int tiles, float *y) {
     const Header *h = c.weight;
-    constexpr int64_t COUNT = CENTROID_BLOCK / L::COLUMNS;
+    constexpr int64_t COLUMNS = L::BLOCKS * CENTROID_BLOCK, PIECES = SPAN / COLUMNS;
     typename L::Tables tables[L::TILES];
     __m512i words[L::TILES][P][16];
-    alignas(64) uint8_t levels[L::TILES * LEVEL_BLOCK<L>];
-    int64_t rows[L::TILES];
-    for (int t = 0; t < tiles; t++) {
-        const int64_t left = h->shape.out_features - (tile + t) * 16;
-        rows[t] = left < 16 ? left : 16;
-        L::template fill_centroids<P>(h, (tile + t) * 16, rows[t], &tables[t]);
-    }
+    alignas(64) uint8_t levels[L::TILES * LEVEL_PIECE<L>];
+    const RowCounts<L::TILES> rows(h, tile, tiles);
+    for (int t = 0; t < tiles; t++) L::template fill_centroids<P>(h, (tile + t) * 16, rows.of[t], &tables[t]);
     for (int64_t span = 0; span < h->spans; span++) {
-        // The next span, or the first of the next rows: what is fetched sooner, many rows of x push out of the second-level cache.
-        const int64_t ahead = span + 1 < h->spans ? 64 : 16 * L::TILES * h->tile_bytes - span * 64;
-        for (int t = 0; t < tiles; t++) span_words<P>(h, (tile + t) * 16, rows[t], span, ahead, words[t]);
-        for (int part = 0; part < SPAN / CENTROID_BLOCK; part++) {
+        for (int t = 0; t < tiles; t++) {
+            if (t + 1 < tiles) fetch_span<P>(h, (tile + t + 1) * 16, rows.of[t + 1], span);
+            span_words<P>(h, (tile + t) * 16, rows.of[t], span, span_ahead<L>(h, span), words[t]);
+        }
+        for (int64_t piece = 0; piece < PIECES; piece++) {
             for (int t = 0; t < tiles; t++) {
                 const typename L::Tables here = tables[t];  // in registers, whatever is stored
-                uint8_t *out = levels + t * LEVEL_BLOCK<L>;
-                for (int word = 4 * part; word < 4 * part + 4; word++) {
+                uint8_t *out = levels + t * LEVEL_PIECE<L>;
+                for (int64_t word = COLUMNS / 32 * piece; word < COLUMNS / 32 * (piece + 1); word++) {
                     __m512i planes[P];
                     for (int b = 0; b < P; b++) planes[b] = words[t][b][word];
                     out = expand_step<L, P>(here, planes, out);
                 }
             }
-            const int64_t block = span * (SPAN / CENTROID_BLOCK) + part;
-            level_rows<L, L::TILES>(c, s, tiles, block, COUNT, levels, tables, y);
+            level_rows<L, L::TILES>(c, s, tiles, span * PIECES + piece, COLUMNS / L::COLUMNS, levels, tables, y);
         }
     }
 }
@@ -244,17 +278,22 @@ void centroid_multiply(const Call &c, int64_t first, int64_t last, float *scratc
     void (*const segment[CENTROID_PLANES + 1])(const Call &, const Segment &, int64_t, int, float *) = {
         nullptr, centroid_segment<L, 1>, centroid_segment<L, 2>, centroid_segment<L, 3>, centroid_segment<L, 4>};
     level_tiles<L>(c, first, last, scratch, [&](int64_t tile, int tiles) {
-        for (int i = 0; i < c.segment_count; i++) segment[c.segments[i].precision](c, c.segments[i], tile, tiles, scratch);
+        for (int i = 0; i < c.segment_count; i++) {
+            const int precision = c.segments[i].precision;
+            auto *const run = precision <= CENTROID_PLANES ? segment[precision] : L::long_codes(precision);
+            run(c, c.segments[i], tile, tiles, scratch);
+        }
     });
 }
 
 // ---- both
 
-// How the activations of a row lie, [block][row of x][column].
-struct LevelBlocks {
+// How the activations of a row lie, [piece][row of x][column].
+template <class L>
+struct LevelPieces {
     int64_t columns, count;
-    explicit LevelBlocks(const Header *h) : columns(h->block_columns), count(h->blocks) {
-        if (h->shape.levels == AB_CODEBOOK) columns = CENTROID_BLOCK, count = h->spans * (SPAN / CENTROID_BLOCK);
+    explicit LevelPieces(const Header *h) : columns(L::BLOCKS * h->block_columns), count(ceil_div(h->blocks, L::BLOCKS)) {
+        if (h->shape.levels == AB_CODEBOOK) columns = L::BLOCKS * CENTROID_BLOCK, count = h->spans * SPAN / columns;
     }
 };
 

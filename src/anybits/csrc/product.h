@@ -3,6 +3,7 @@
 
 #include <stddef.h>
 #include <stdlib.h>
+#include <sys/mman.h>
 
 #include "call.h"
 
@@ -10,6 +11,8 @@ namespace {
 
 // Bytes, rounded up to whole cache lines.
 inline size_t lines(int64_t bytes) { return static_cast<size_t>(ceil_div(bytes, 64) * 64); }
+
+constexpr size_t LARGE_PAGE = 2 << 20;
 
 // Memory of one calling thread, kept between calls.
 struct Memory {
@@ -21,8 +24,12 @@ struct Memory {
     bool reserve(size_t bytes) {
         if (bytes <= size) return true;
         free(at);
-        at = static_cast<char *>(aligned_alloc(4096, (bytes + 4095) / 4096 * 4096));
+        const size_t page = bytes < LARGE_PAGE ? 4096 : LARGE_PAGE;
+        at = static_cast<char *>(aligned_alloc(page, (bytes + page - 1) / page * page));
         size = at ? bytes : 0;
+#ifdef MADV_HUGEPAGE
+        if (at && page == LARGE_PAGE) madvise(at, (bytes + page - 1) / page * page, MADV_HUGEPAGE);
+#endif
         return at != nullptr;
     }
 };

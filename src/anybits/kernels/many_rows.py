@@ -55,12 +55,8 @@ BYTE_PLANES = 6
 """Precisions up to this one have products of 8-bit activations and levels that are faster than GEMMs for any number
 of rows, on avx512 and amx (csrc/avx512_bytes.h)."""
 
-BF16_PLANES = 4
-"""Precisions up to this one have products of bf16 levels that are never written, where the machine has AVX512_BF16
-(csrc/avx512_bf16.h), for any number of rows."""
-
 CENTROID_PLANES = 4
-"""Precisions up to this one make a codebook's centroids once for many rows (csrc/levels.h)."""
+"""Precisions up to this one make bytes of a codebook's centroids once for many rows (csrc/levels.h)."""
 
 SLAB_BYTES = 2 << 20
 """Bytes of one dequantized slab: slabs of 8 MiB took two to four times as long to fill as those of 2 MiB."""
@@ -74,7 +70,7 @@ def dense_is_faster(
     highest = precision if rows is None else int(rows.max())
     if not 1 <= highest <= 8 or _by_words(header):
         return False
-    if _by_bytes(header, highest, activation_bits) or _by_bf16(x, header, highest):
+    if _by_bytes(header, highest, activation_bits) or _by_bf16(x, header):
         return False
     limit = DENSE_ROWS[ISAS[header.isa], header.affine][highest]
     if rows is not None:
@@ -92,10 +88,9 @@ def _by_words(header: Header) -> bool:
     return header.affine and header.whole_blocks and ISAS[header.isa] in ("avx2", "neon")
 
 
-def _by_bf16(x: torch.Tensor, header: Header, highest: int) -> bool:
-    """Return whether many rows multiply bf16 levels that are never written."""
-    fused = highest <= BF16_PLANES and x.dtype == torch.bfloat16
-    return fused and bool(loaded().fuses_bf16(header.isa))
+def _by_bf16(x: torch.Tensor, header: Header) -> bool:
+    """Return whether many rows multiply bf16 levels that are never written (csrc/avx512_bf16.h)."""
+    return x.dtype == torch.bfloat16 and bool(loaded().fuses_bf16(header.isa))
 
 
 def rows_of_a_pass(
@@ -103,9 +98,8 @@ def rows_of_a_pass(
 ) -> int:
     """Return how many rows of x go through one pass of the kernels: more where levels are made once for all."""
     header, highest = header_of(blob), precision if rows is None else int(rows.max())
-    fused = _by_bytes(header, highest, activation_bits) or _by_bf16(x, header, highest)
-    levels = (fused and (header.affine or highest <= CENTROID_PLANES)) or _by_words(header)
-    return LEVEL_PASS_ROWS if levels else PASS_ROWS
+    by_bytes = _by_bytes(header, highest, activation_bits) and (header.affine or highest <= CENTROID_PLANES)
+    return LEVEL_PASS_ROWS if by_bytes or _by_bf16(x, header) or _by_words(header) else PASS_ROWS
 
 
 def dense_product(
